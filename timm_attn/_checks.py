@@ -1,0 +1,106 @@
+"""Small guards that several parts share: optional packages, atomic files, finite weights."""
+
+import importlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+
+def require(package: str, extra: str, pip_name: str | None = None) -> ModuleType:
+    """Imports an optional package.
+
+    Args:
+        package: The module to import.
+        extra: The extra of timm_attn that installs it.
+        pip_name: The name under which pip knows it, where that differs.
+
+    Raises:
+        ImportError: It is not installed; the message holds the command that installs it.
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as e:
+        name = pip_name or package.split('.')[0]
+        raise ImportError(f"This needs '{name}', which is not installed: pip install 'timm_attn[{extra}]'") from e
+
+
+def check_finite(state_dict: Mapping[str, Tensor]) -> None:
+    """Refuses weights that hold NaN or infinite values.
+
+    Args:
+        state_dict: Tensors by name.
+
+    Raises:
+        ValueError: Names every tensor that is not finite.
+    """
+    bad = [k for k, v in state_dict.items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    if bad:
+        raise ValueError(f'{len(bad)} tensors hold NaN or infinite values, so the file is no usable model: {bad}')
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path` that takes its place when the block ends well, and vanishes when not.
+
+    Args:
+        path: The file that shall be written whole or not at all.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f'.{path.name}.', suffix='.tmp', dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_dir(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a temporary folder beside `path` that takes its place when the block ends well, and vanishes when not.
+
+    Args:
+        path: The folder that shall be written whole or not at all.
+        overwrite: Replace a folder that holds something.
+
+    Raises:
+        ValueError: The folder exists and is not empty, or a file has its name.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"'{path}' is a file; a folder is written here: choose another name.")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise ValueError(f"'{path}' is not empty; choose another folder, or pass --overwrite (overwrite=True).")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent))
+    old = temporary.with_name(f'{temporary.name}.old')
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        if path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,87 @@
+"""What all attentions share: a gain on the gate, a neutral state, and a look at the gates themselves."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Base of every attention.
+
+    Once `init_neutral()` has set its last layer to zero, the module multiplies its input by the constant
+    `neutral_gate`, whatever the input. Both starts from pretrained weights use nothing else: injection sets
+    `gain = 1 / neutral_gate`, the warm-start tags fold the constant into the convolution or BatchNorm beside it.
+
+    Attributes:
+        gain: Plain number that multiplies the gate; 1 unless injected with the identity start.
+        neutral_gate: The constant that the neutral state multiplies by.
+        no_weight_decay: Parameters that the released code trains without weight decay and that timm, which exempts
+            all 1-D parameters, would decay.
+    """
+
+    no_weight_decay: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, neutral_gate: float) -> None:
+        super().__init__()
+        self.neutral_gate = neutral_gate
+        self.gain = 1.0
+
+    @torch.jit.ignore
+    def init_neutral(self) -> None:
+        """Zeroes the last layer of each gate, so that the module multiplies by `neutral_gate`."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def gates(self, x: Tensor) -> dict[str, Tensor]:
+        """What the attention looks at, without `gain`.
+
+        Args:
+            x: The module's input (N, C, H, W).
+
+        Returns:
+            'channel' (N, C) or 'spatial' (N, H, W) and so on, as the class documents.
+        """
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f'gain={self.gain:g}' if self.gain != 1 else ''
+
+
+def reduced_channels(channels: int, rd_ratio: float) -> int:
+    """The width C // r of a bottleneck, with no rounding and no least width.
+
+    Args:
+        channels: C.
+        rd_ratio: 1 / r.
+
+    Raises:
+        ValueError: Nothing is left.
+    """
+    # A ratio such as 0.29 is stored a little too small: without the sum, 100 channels would give 28.
+    hidden = int(channels * rd_ratio + 1e-6)
+    if hidden < 1:
+        least = -int(-1 / rd_ratio // 1) if rd_ratio > 0 else None
+        hint = f'at least {least} channels or a larger rd_ratio' if least else 'a positive rd_ratio'
+        raise ValueError(f'channels (={channels}) times rd_ratio (={rd_ratio:g}) leaves no channel: give {hint}.')
+    return hidden
+
+
+def check_odd(kernel_size: int) -> None:
+    """Refuses kernels that would shift the map.
+
+    Raises:
+        ValueError: The size is even or not positive.
+    """
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f'kernel_size (={kernel_size}) must be odd and positive, so that the map keeps its size.')
+
+
+def check_choice(argument: str, value: object, choices: tuple[object, ...]) -> None:
+    """Refuses a value that is not among the choices.
+
+    Raises:
+        ValueError: Names the argument, the value and the choices.
+    """
+    if value not in choices:
+        raise ValueError(f'{argument} (={value!r}) must be one of: {", ".join(map(repr, choices))}.')

@@ -1,0 +1,39 @@
+"""Statistics in float32, whatever the precision around them."""
+
+import torch
+import torch.fx
+from torch import Tensor
+
+
+# The leaf functions below hold control flow, which torch.fx cannot follow: it takes each as one node. fx replaces
+# them in this module only, so layers call them through the functions without underscore.
+@torch.fx.wrap
+def _upcast(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+@torch.fx.wrap
+def _matmul_upcast(a: Tensor, b: Tensor) -> Tensor:
+    a, b = _upcast(a), _upcast(b)
+    if torch.jit.is_scripting():
+        # TorchScript has no autocast switch for any device; autocast leaves float64 alone.
+        return (a.double() @ b.double()).to(a.dtype)
+    if torch.is_autocast_enabled(a.device.type):
+        with torch.autocast(a.device.type, enabled=False):
+            return a @ b
+    return a @ b
+
+
+def upcast(x: Tensor) -> Tensor:
+    """float16 and bfloat16 as float32; float32 and float64 as they are."""
+    return _upcast(x)
+
+
+def matmul_upcast(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32 (float64 stays), also inside autocast, which would take it to half precision.
+
+    Args:
+        a: (..., n, m).
+        b: (..., m, p).
+    """
+    return _matmul_upcast(a, b)

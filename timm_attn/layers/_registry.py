@@ -1,0 +1,145 @@
+"""The one table of attentions: a decorated class is in `list_attn()`, `inject`, the tests, the CLI and the cards."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from ._base import Attention
+
+PLACEMENTS = ('block', 'last_block', 'stage', 'conv')
+
+T = TypeVar('T', bound=type[Attention])
+
+
+@dataclass(frozen=True)
+class AttnSpec:
+    """What is known of an attention besides its equations.
+
+    Attributes:
+        name: The registry's name.
+        cls: The module class.
+        placement: 'block' (end of each residual branch), 'last_block' (the same, in the last block of each stage),
+            'stage' (after each stage but the last) or 'conv' (in place of a block's 3x3 convolution).
+        title: Title of the paper.
+        authors: Authors, joined by ' and ' as bibtex wants them.
+        year: Year of the venue.
+        venue: Where it appeared.
+        paper: Link to the paper.
+        code: Link to the code that the default follows; empty where the module is this project's own.
+    """
+
+    name: str
+    cls: type[Attention]
+    placement: str
+    title: str
+    authors: str
+    year: int
+    venue: str
+    paper: str
+    code: str
+
+    @property
+    def bibtex(self) -> str:
+        """The paper as a bibtex entry."""
+        key = self.authors.split(',')[0].split()[-1].lower() + str(self.year) + self.name
+        return (
+            f'@article{{{key},\n  title={{{self.title}}},\n  author={{{self.authors}}},\n'
+            f'  journal={{{self.venue}}},\n  year={{{self.year}}},\n  url={{{self.paper}}}\n}}'
+        )
+
+
+_ATTENTIONS: dict[str, AttnSpec] = {}
+
+
+def register_attn(
+        name: str,
+        *,
+        placement: str,
+        title: str,
+        authors: str,
+        year: int,
+        venue: str,
+        paper: str,
+        code: str,
+) -> Callable[[T], T]:
+    """Puts a class into the registry under `name`; the other arguments are the fields of `AttnSpec`.
+
+    Raises:
+        ValueError: The name is taken, or the placement is unknown.
+    """
+    if placement not in PLACEMENTS:
+        raise ValueError(f"Unknown placement '{placement}' of '{name}'. Expected one of: {', '.join(PLACEMENTS)}.")
+
+    def register(cls: T) -> T:
+        if name in _ATTENTIONS:
+            raise ValueError(f"Attention '{name}' is registered already, by {_ATTENTIONS[name].cls.__module__}.")
+        _ATTENTIONS[name] = AttnSpec(name, cls, placement, title, authors, year, venue, paper, code)
+        return cls
+
+    return register
+
+
+def list_attn() -> list[str]:
+    """Names of all attentions, sorted."""
+    return sorted(_ATTENTIONS)
+
+
+def get_attn(name: str) -> AttnSpec:
+    """The registry's entry of an attention.
+
+    Args:
+        name: One of `list_attn()`.
+
+    Raises:
+        ValueError: No attention has that name.
+    """
+    if name not in _ATTENTIONS:
+        raise ValueError(f"Unknown attention '{name}'. Expected one of: {', '.join(list_attn())}.")
+    return _ATTENTIONS[name]
+
+
+def accepted_args(name: str) -> list[str]:
+    """Options of an attention: its constructor's arguments but `channels`, `device` and `dtype`."""
+    parameters = inspect.signature(get_attn(name).cls).parameters
+    return [p for p in parameters if p not in ('channels', 'device', 'dtype')]
+
+
+def check_attn_args(name: str, attn_args: dict[str, Any]) -> None:
+    """Refuses options that an attention does not have.
+
+    Raises:
+        ValueError: No attention has that name.
+        TypeError: Names the unknown options and the accepted ones.
+    """
+    accepted = accepted_args(name)
+    unknown = [a for a in attn_args if a not in accepted]
+    if unknown:
+        raise TypeError(f"'{name}' has no option {', '.join(map(repr, unknown))}. Accepted: {', '.join(accepted)}.")
+
+
+def create_attn(
+        name: str,
+        channels: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **attn_args: Any,
+) -> Attention:
+    """Builds one attention module, initialised as its released code does.
+
+    Args:
+        name: One of `list_attn()`.
+        channels: Channels C of the (N, C, H, W) maps it will see.
+        device: Where its parameters are placed.
+        dtype: Type of its parameters.
+        **attn_args: Options of the attention's class.
+
+    Raises:
+        ValueError: Unknown name, or options that do not fit the channels.
+        TypeError: Unknown options; the message names the accepted ones.
+    """
+    check_attn_args(name, attn_args)
+    return get_attn(name).cls(channels, **attn_args, device=device, dtype=dtype)

@@ -1,0 +1,112 @@
+"""Convolutional Block Attention Module.
+
+Paper: CBAM: Convolutional Block Attention Module (ECCV 2018), https://arxiv.org/abs/1807.06521
+Code:  https://github.com/Jongchan/attention-module @459efad
+
+Where the two differ, this follows the code: the spatial gate pools [max, mean] (the paper: [mean, max]) and has a
+BatchNorm, with momentum 0.01 and a weight that starts at 0.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ._base import Attention, check_odd, reduced_channels
+from ._registry import register_attn
+
+
+@register_attn(
+    'cbam',
+    placement='block',
+    title='CBAM: Convolutional Block Attention Module',
+    authors='Woo, Sanghyun and Park, Jongchan and Lee, Joon-Young and Kweon, In So',
+    year=2018,
+    venue='ECCV',
+    paper='https://arxiv.org/abs/1807.06521',
+    code='https://github.com/Jongchan/attention-module',
+)
+class CBAM(Attention):
+    """Gates channels by their mean and maximum, then pixels by the mean and maximum over channels.
+
+    In training, a single 1 x 1 map is too little for the spatial BatchNorm (torch's ValueError).
+
+    Args:
+        channels: Channels C of the (N, C, H, W) input.
+        rd_ratio: Hidden width of the channel gate over C.
+        kernel_size: Kernel of the spatial gate, odd.
+        spatial: Use the spatial gate.
+        channel: Use the channel gate.
+        mlp_bias: Biases in the channel gate.
+
+    Raises:
+        ValueError: `rd_ratio` leaves no hidden channel, `kernel_size` is even, or both gates are off.
+    """
+
+    __constants__ = ('channel', 'spatial')
+
+    def __init__(
+            self,
+            channels: int,
+            rd_ratio: float = 1 / 16,
+            kernel_size: int = 7,
+            spatial: bool = True,
+            channel: bool = True,
+            mlp_bias: bool = True,
+            *,
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        if not (spatial or channel):
+            raise ValueError('CBAM with spatial=False and channel=False has no gate left: switch one on.')
+        super().__init__(neutral_gate=0.5 ** (channel + spatial))
+        self.channel, self.spatial = channel, spatial
+        if channel:
+            hidden = reduced_channels(channels, rd_ratio)
+            self.fc1 = nn.Linear(channels, hidden, bias=mlp_bias, **dd)
+            self.fc2 = nn.Linear(hidden, channels, bias=mlp_bias, **dd)
+            if mlp_bias:
+                nn.init.zeros_(self.fc1.bias)
+                nn.init.zeros_(self.fc2.bias)
+        if spatial:
+            check_odd(kernel_size)
+            self.conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False, **dd)
+            self.bn = nn.BatchNorm2d(1, momentum=0.01, **dd)
+            nn.init.kaiming_normal_(self.conv.weight, mode='fan_out', nonlinearity='relu')
+            nn.init.zeros_(self.bn.weight)
+
+    @torch.jit.ignore
+    def init_neutral(self) -> None:
+        if self.channel:
+            nn.init.zeros_(self.fc2.weight)
+            if self.fc2.bias is not None:
+                nn.init.zeros_(self.fc2.bias)
+        if self.spatial:
+            nn.init.zeros_(self.bn.weight)
+            nn.init.zeros_(self.bn.bias)
+
+    def channel_gate(self, x: Tensor) -> Tensor:
+        avg, peak = x.mean((2, 3)), x.amax((2, 3))  # (N, C) both
+        z = self.fc2(self.fc1(avg).relu()) + self.fc2(self.fc1(peak).relu())
+        return z.sigmoid()[:, :, None, None]  # (N, C, 1, 1)
+
+    def spatial_gate(self, x: Tensor) -> Tensor:
+        pooled = torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], dim=1)  # (N, 2, H, W)
+        return self.bn(self.conv(pooled)).sigmoid()  # (N, 1, H, W)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.spatial:
+            return x * (self.channel_gate(x) * self.gain)
+        if self.channel:
+            x = x * self.channel_gate(x)
+        return x * (self.spatial_gate(x) * self.gain)
+
+    @torch.jit.ignore
+    def gates(self, x: Tensor) -> dict[str, Tensor]:
+        found = {}
+        if self.channel:
+            gate = self.channel_gate(x)
+            found['channel'] = gate.flatten(1)
+            x = x * gate
+        if self.spatial:
+            found['spatial'] = self.spatial_gate(x).squeeze(1)
+        return found

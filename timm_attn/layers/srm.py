@@ -1,0 +1,72 @@
+"""Style-based Recalibration Module.
+
+Paper: SRM: A Style-based Recalibration Module for Convolutional Neural Networks (ICCV 2019),
+       https://arxiv.org/abs/1903.10829
+Code:  https://github.com/hyunjaelee410/style-based-recalibration-module @f6221c7 (no licence: written from the
+       equations)
+
+Two departures: the statistics are taken in float32, and a 1 x 1 map has variance 0, where the released code divides
+by zero and poisons its running statistics.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ._base import Attention
+from ._precision import upcast
+from ._registry import register_attn
+
+
+@register_attn(
+    'srm',
+    placement='block',
+    title='SRM: A Style-based Recalibration Module for Convolutional Neural Networks',
+    authors='Lee, HyunJae and Kim, Hyo-Eun and Nam, Hyeonseob',
+    year=2019,
+    venue='ICCV',
+    paper='https://arxiv.org/abs/1903.10829',
+    code='https://github.com/hyunjaelee410/style-based-recalibration-module',
+)
+class SRM(Attention):
+    """Gates each channel by its own mean and standard deviation.
+
+    `cfc` starts at 0, so every gate starts at 0.5, and is trained without weight decay, as released.
+    In training its BatchNorm needs a batch of at least 2.
+
+    Args:
+        channels: Channels C of the (N, C, H, W) input.
+    """
+
+    no_weight_decay = ('cfc',)
+
+    def __init__(
+            self,
+            channels: int,
+            *,
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(neutral_gate=0.5)
+        self.cfc = nn.Parameter(torch.zeros(channels, 2, **dd))
+        self.bn = nn.BatchNorm2d(channels, **dd)
+
+    @torch.jit.ignore
+    def init_neutral(self) -> None:
+        nn.init.zeros_(self.cfc)
+        nn.init.zeros_(self.bn.bias)
+
+    def channel_gate(self, x: Tensor) -> Tensor:
+        m = x.shape[2] * x.shape[3]
+        var, mean = torch.var_mean(upcast(x), dim=(2, 3), correction=0)  # (N, C) both
+        # Unbiased: m / (m - 1). One element has no spread, and 1 // m keeps the divisor from being 0.
+        std = (var * (m / (m - 1 + 1 // m)) + 1e-5).sqrt()
+        z = mean * self.cfc[:, 0] + std * self.cfc[:, 1]  # (N, C)
+        return self.bn(z[:, :, None, None]).sigmoid().to(x.dtype)  # (N, C, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.channel_gate(x) * self.gain)
+
+    @torch.jit.ignore
+    def gates(self, x: Tensor) -> dict[str, Tensor]:
+        return {'channel': self.channel_gate(x).flatten(1)}

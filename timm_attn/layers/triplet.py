@@ -1,0 +1,120 @@
+"""Triplet Attention.
+
+Paper: Rotate to Attend: Convolutional Triplet Attention Module (WACV 2021), https://arxiv.org/abs/2010.03045
+Code:  https://github.com/landskape-ai/triplet-attention @2cf02fb
+
+The code fixes the kernel at 7, although weights with 3 are published; here it is an option. The released code permutes
+x for each branch; pooling over the named dimension gives the same gates, which are then summed before the one
+multiplication.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ._base import Attention, check_odd
+from ._registry import register_attn
+
+
+class PlaneGate(nn.Module):
+    """s(BN(conv([max, mean]))) over one plane of the map.
+
+    Args:
+        kernel_size: Kernel of the convolution, odd.
+        bn_weight: Start of the BatchNorm's weight; at 0 the gate starts at exactly 0.5.
+
+    Raises:
+        ValueError: `kernel_size` is even.
+    """
+
+    def __init__(
+            self,
+            kernel_size: int,
+            bn_weight: float,
+            *,
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__()
+        check_odd(kernel_size)
+        self.conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False, **dd)
+        self.bn = nn.BatchNorm2d(1, momentum=0.01, **dd)
+        nn.init.kaiming_normal_(self.conv.weight, mode='fan_out', nonlinearity='relu')
+        nn.init.constant_(self.bn.weight, bn_weight)
+
+    def forward(self, peak: Tensor, mean: Tensor) -> Tensor:  # (N, A, B) both
+        return self.bn(self.conv(torch.stack([peak, mean], dim=1))).sigmoid().squeeze(1)  # (N, A, B)
+
+
+@register_attn(
+    'triplet',
+    placement='block',
+    title='Rotate to Attend: Convolutional Triplet Attention Module',
+    authors='Misra, Diganta and Nalamada, Trikay and Arasanipalai, Ajay Uppili and Hou, Qibin',
+    year=2021,
+    venue='WACV',
+    paper='https://arxiv.org/abs/2010.03045',
+    code='https://github.com/landskape-ai/triplet-attention',
+)
+class TripletAttention(Attention):
+    """Multiplies by the mean of three gates, over the (C, W), (H, C) and (H, W) planes.
+
+    In training, a single 1 x 1 map is too little for its BatchNorms (torch's ValueError).
+
+    Args:
+        channels: Channels C of the (N, C, H, W) input; nothing in the module depends on it.
+        kernel_size: Kernel of the three gates, odd.
+        spatial: Use the (H, W) gate too; without it the two rotated ones are averaged.
+
+    Raises:
+        ValueError: `kernel_size` is even.
+    """
+
+    __constants__ = ('spatial',)
+
+    def __init__(
+            self,
+            channels: int,
+            kernel_size: int = 7,
+            spatial: bool = True,
+            *,
+            device: torch.device | str | None = None,
+            dtype: torch.dtype | None = None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(neutral_gate=0.5)
+        self.spatial = spatial
+        self.cw = PlaneGate(kernel_size, 1.0, **dd)
+        self.hc = PlaneGate(kernel_size, 1.0, **dd)
+        if spatial:
+            # The released initialisation zeroes what is named SpatialGate, which is this branch alone.
+            self.hw = PlaneGate(kernel_size, 0.0, **dd)
+
+    @torch.jit.ignore
+    def init_neutral(self) -> None:
+        for gate in self.children():
+            if isinstance(gate, PlaneGate):
+                nn.init.zeros_(gate.bn.weight)
+                nn.init.zeros_(gate.bn.bias)
+
+    def plane_gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        cw = self.cw(x.amax(2), x.mean(2))  # (N, C, W)
+        hc = self.hc(x.amax(3).transpose(1, 2), x.mean(3).transpose(1, 2))  # (N, H, C)
+        return cw, hc
+
+    def forward(self, x: Tensor) -> Tensor:
+        cw, hc = self.plane_gates(x)
+        gate = cw.unsqueeze(2) + hc.transpose(1, 2).unsqueeze(3)  # (N, C, H, W)
+        if self.spatial:
+            hw = self.hw(x.amax(1), x.mean(1))  # (N, H, W)
+            return x * ((gate + hw.unsqueeze(1)) * (self.gain / 3))
+        return x * (gate * (self.gain / 2))
+
+    @torch.jit.ignore
+    def gates(self, x: Tensor) -> dict[str, Tensor]:
+        """'cw' (N, C, W), 'hc' (N, H, C), and 'spatial' (N, H, W) of the unrotated branch."""
+        cw, hc = self.plane_gates(x)
+        found = {'cw': cw, 'hc': hc}
+        if self.spatial:
+            found['spatial'] = self.hw(x.amax(1), x.mean(1))
+        return found
