@@ -79,7 +79,9 @@ class ChannelSelfAttention(Attention):
         return self.proj(y)  # (N, C, H, W)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + (self.gamma * self.gain * self.branch(x)).to(x.dtype)
+        y = x + (self.gamma * self.branch(x)).to(x.dtype)
+        # The gain is 1 but in models that scale what their slots give out: no pass over memory for the others.
+        return y if self.gain == 1.0 else y * self.gain
 
     @torch.jit.ignore
     def gates(self, x: Tensor) -> dict[str, Tensor]:

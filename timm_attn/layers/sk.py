@@ -41,6 +41,7 @@ class SelectiveKernel(Attention):
         rd_ratio: Width d of the squeeze over D.
         form: 'sk_resnet' (dense 3x3 and 3x3 with 32 groups) or 'sknet' (3x3 and dilated 3x3, both with 32 groups).
         stride: Stride of both branches.
+        dilation: Factor on the dilation of both branches.
 
     Raises:
         ValueError: `rd_ratio` leaves no hidden channel, 32 does not divide the channels, or an unknown form.
@@ -52,6 +53,7 @@ class SelectiveKernel(Attention):
             rd_ratio: float = 1 / 16,
             form: str = 'sk_resnet',
             stride: int = 1,
+            dilation: int = 1,
             *,
             device: torch.device | str | None = None,
             dtype: torch.dtype | None = None,
@@ -64,6 +66,7 @@ class SelectiveKernel(Attention):
         for groups in (groups0, groups1):
             if channels % groups:
                 raise ValueError(f"channels (={channels}) must be divisible by the {groups} groups of form '{form}'.")
+        dil0, dil1 = dil0 * dilation, dil1 * dilation
         hidden = max(reduced_channels(channels, rd_ratio), least)
         self.conv1 = nn.Conv2d(
             channels, channels, 3, stride, padding=dil0, dilation=dil0, groups=groups0, bias=False, **dd)

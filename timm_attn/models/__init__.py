@@ -1,0 +1,6 @@
+"""The registered models: importing this package makes timm know them."""
+
+from .attn_resnet import AttnResNet as AttnResNet
+from .attn_resnet import cifar_stem_ as cifar_stem_
+from .simple_cnn import SimpleCNN as SimpleCNN
+from .sk_resnet import SKResNet as SKResNet

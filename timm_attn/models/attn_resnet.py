@@ -1,0 +1,388 @@
+"""ResNets with attention: timm's ResNet, attention injected at construction.
+
+Every name is `<attention>_resnet<depth>`. The attention goes to the end of each residual branch, before the addition;
+BAM follows stages 1 to 3; GSoP sits in the last block of each stage.
+"""
+
+from typing import Any
+
+import torch
+from timm.models import generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import nn
+
+from ..injection import attn_sites, inject
+from ..weights import cfgs_of
+from ._build import build
+
+__all__ = ['AttnResNet', 'cifar_stem_']
+
+
+def cifar_stem_(model: ResNet) -> ResNet:
+    """Gives a ResNet the stem for 32x32 images, in place: 3x3 with stride 1, no max-pool.
+
+    Args:
+        model: A ResNet with timm's 7x7 stem.
+
+    Returns:
+        The same model; the reductions in `feature_info` are corrected.
+
+    Raises:
+        ValueError: The stem is not a single convolution.
+    """
+    old = model.conv1
+    if not isinstance(old, nn.Conv2d):
+        raise ValueError(f'cifar_stem replaces a single convolution, but the stem is a {type(old).__name__}.')
+    weight = old.weight
+    model.conv1 = nn.Conv2d(
+        old.in_channels, old.out_channels, 3, padding=1, bias=False, device=weight.device, dtype=weight.dtype)
+    nn.init.kaiming_normal_(model.conv1.weight, mode='fan_out', nonlinearity='relu')
+    model.maxpool = nn.Identity()
+    for i, info in enumerate(model.feature_info):
+        info['reduction'] //= 2 if i == 0 else 4
+    return model
+
+
+def _keep_resolution(model: ResNet) -> None:
+    """Takes the stride out of the last stage, without dilation, as GSoP's released nets have it."""
+    block = model.layer4[0]
+    convs = [m for m in block.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)]
+    if not convs:
+        return  # output_stride has done so already
+    for conv in convs:
+        conv.stride = (1, 1)
+    block.stride = 1
+    model.feature_info[-1]['reduction'] //= 2
+
+
+class AttnResNet(ResNet):
+    """timm's ResNet with attention.
+
+    Args:
+        *args: timm's ResNet's.
+        attn: One of `list_attn()` but 'sk'.
+        attn_args: Options of the attention; a list holds one value for each stage.
+        cifar_stem: 3x3 stem without max-pool, for 32x32 images.
+        last_stride: Stride of the last stage, 2 or 1.
+        **kwargs: timm's ResNet's.
+
+    Raises:
+        ValueError: The attention does not fit the model's channels, or `last_stride` is neither.
+        TypeError: Unknown attention options.
+    """
+
+    def __init__(
+            self,
+            *args: Any,
+            attn: str,
+            attn_args: dict[str, Any] | None = None,
+            cifar_stem: bool = False,
+            last_stride: int = 2,
+            **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.attn = attn
+        self.attn_args = dict(attn_args or {})
+        if last_stride not in (1, 2):
+            raise ValueError(f'last_stride (={last_stride}) must be 1 or 2.')
+        if cifar_stem:
+            cifar_stem_(self)
+        if last_stride == 1:
+            _keep_resolution(self)
+        # After ResNet's own weight init, which would overwrite the attention's.
+        inject(self, attn, start='paper', **self.attn_args)
+
+    @torch.jit.ignore
+    def init_weights(self, zero_init_last: bool = True) -> None:
+        """timm's initialisation of the backbone; attention keeps its own.
+
+        Args:
+            zero_init_last: Start the last BatchNorm of each branch at 0.
+        """
+        kept = {name: {k: v.clone() for k, v in m.state_dict().items()} for name, m in attn_sites(self).items()}
+        super().init_weights(zero_init_last=zero_init_last)
+        for name, m in attn_sites(self).items():
+            m.load_state_dict(kept[name])
+
+
+def _create_attn_resnet(variant: str, pretrained: bool, kwargs: dict[str, Any], **defaults: Any) -> AttnResNet:
+    return build(AttnResNet, variant, pretrained, defaults, kwargs)
+
+
+default_cfgs = generate_default_cfgs(cfgs_of([
+    'se_resnet18', 'se_resnet34', 'se_resnet50', 'se_resnet101', 'se_resnet152',
+    'eca_resnet18', 'eca_resnet34', 'eca_resnet50', 'eca_resnet101', 'eca_resnet152',
+    'srm_resnet18', 'srm_resnet34', 'srm_resnet50', 'srm_resnet101', 'srm_resnet152',
+    'cbam_resnet18', 'cbam_resnet34', 'cbam_resnet50', 'cbam_resnet101',
+    'bam_resnet18', 'bam_resnet34', 'bam_resnet50', 'bam_resnet101',
+    'gam_resnet18', 'gam_resnet34', 'gam_resnet50', 'gam_resnet101',
+    'triplet_resnet18', 'triplet_resnet34', 'triplet_resnet50', 'triplet_resnet101',
+    'gsop_resnet50', 'gsop_resnet101',
+    'csa_resnet18', 'csa_resnet34', 'csa_resnet50',
+]))
+
+
+@register_model
+def se_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """SE-ResNet-18, hidden width C // 16 - https://arxiv.org/abs/1709.01507"""
+    return _create_attn_resnet(
+        'se_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), attn='se')
+
+
+@register_model
+def se_resnet34(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """SE-ResNet-34, hidden width C // 16 - https://arxiv.org/abs/1709.01507"""
+    return _create_attn_resnet(
+        'se_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), attn='se')
+
+
+@register_model
+def se_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """SE-ResNet-50, hidden width C // 16 - https://arxiv.org/abs/1709.01507"""
+    return _create_attn_resnet(
+        'se_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), attn='se')
+
+
+@register_model
+def se_resnet101(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """SE-ResNet-101, hidden width C // 16 - https://arxiv.org/abs/1709.01507"""
+    return _create_attn_resnet(
+        'se_resnet101', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3), attn='se')
+
+
+@register_model
+def se_resnet152(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """SE-ResNet-152, hidden width C // 16 - https://arxiv.org/abs/1709.01507"""
+    return _create_attn_resnet(
+        'se_resnet152', pretrained, kwargs, block=Bottleneck, layers=(3, 8, 36, 3), attn='se')
+
+
+@register_model
+def eca_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """ECA-ResNet-18, kernels 3, 5, 7, 7 in the four stages - https://arxiv.org/abs/1910.03151"""
+    return _create_attn_resnet(
+        'eca_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2),
+        attn='eca', attn_args=dict(kernel_size=[3, 5, 7, 7]))
+
+
+@register_model
+def eca_resnet34(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """ECA-ResNet-34, kernels 3, 3, 5, 7 in the four stages - https://arxiv.org/abs/1910.03151"""
+    return _create_attn_resnet(
+        'eca_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3),
+        attn='eca', attn_args=dict(kernel_size=[3, 3, 5, 7]))
+
+
+@register_model
+def eca_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """ECA-ResNet-50, kernels 3, 5, 5, 7 in the four stages - https://arxiv.org/abs/1910.03151"""
+    return _create_attn_resnet(
+        'eca_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3),
+        attn='eca', attn_args=dict(kernel_size=[3, 5, 5, 7]))
+
+
+@register_model
+def eca_resnet101(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """ECA-ResNet-101, kernels 3, 3, 5, 7 in the four stages - https://arxiv.org/abs/1910.03151"""
+    return _create_attn_resnet(
+        'eca_resnet101', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3),
+        attn='eca', attn_args=dict(kernel_size=[3, 3, 5, 7]))
+
+
+@register_model
+def eca_resnet152(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """ECA-ResNet-152, kernels 3, 3, 5, 7 in the four stages - https://arxiv.org/abs/1910.03151"""
+    return _create_attn_resnet(
+        'eca_resnet152', pretrained, kwargs, block=Bottleneck, layers=(3, 8, 36, 3),
+        attn='eca', attn_args=dict(kernel_size=[3, 3, 5, 7]))
+
+
+@register_model
+def srm_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """SRM-ResNet-18 - https://arxiv.org/abs/1903.10829"""
+    return _create_attn_resnet(
+        'srm_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), attn='srm')
+
+
+@register_model
+def srm_resnet34(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """SRM-ResNet-34 - https://arxiv.org/abs/1903.10829"""
+    return _create_attn_resnet(
+        'srm_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), attn='srm')
+
+
+@register_model
+def srm_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """SRM-ResNet-50 - https://arxiv.org/abs/1903.10829"""
+    return _create_attn_resnet(
+        'srm_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), attn='srm')
+
+
+@register_model
+def srm_resnet101(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """SRM-ResNet-101 - https://arxiv.org/abs/1903.10829"""
+    return _create_attn_resnet(
+        'srm_resnet101', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3), attn='srm')
+
+
+@register_model
+def srm_resnet152(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """SRM-ResNet-152 - https://arxiv.org/abs/1903.10829"""
+    return _create_attn_resnet(
+        'srm_resnet152', pretrained, kwargs, block=Bottleneck, layers=(3, 8, 36, 3), attn='srm')
+
+
+@register_model
+def cbam_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """CBAM-ResNet-18 - https://arxiv.org/abs/1807.06521"""
+    return _create_attn_resnet(
+        'cbam_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), attn='cbam')
+
+
+@register_model
+def cbam_resnet34(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """CBAM-ResNet-34 - https://arxiv.org/abs/1807.06521"""
+    return _create_attn_resnet(
+        'cbam_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), attn='cbam')
+
+
+@register_model
+def cbam_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """CBAM-ResNet-50 - https://arxiv.org/abs/1807.06521"""
+    return _create_attn_resnet(
+        'cbam_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), attn='cbam')
+
+
+@register_model
+def cbam_resnet101(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """CBAM-ResNet-101 - https://arxiv.org/abs/1807.06521"""
+    return _create_attn_resnet(
+        'cbam_resnet101', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3), attn='cbam')
+
+
+@register_model
+def bam_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """BAM-ResNet-18, the released product form - https://arxiv.org/abs/1807.06514"""
+    return _create_attn_resnet(
+        'bam_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), attn='bam')
+
+
+@register_model
+def bam_resnet34(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """BAM-ResNet-34, the released product form - https://arxiv.org/abs/1807.06514"""
+    return _create_attn_resnet(
+        'bam_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), attn='bam')
+
+
+@register_model
+def bam_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """BAM-ResNet-50, the released product form - https://arxiv.org/abs/1807.06514"""
+    return _create_attn_resnet(
+        'bam_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), attn='bam')
+
+
+@register_model
+def bam_resnet101(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """BAM-ResNet-101, the released product form - https://arxiv.org/abs/1807.06514"""
+    return _create_attn_resnet(
+        'bam_resnet101', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3), attn='bam')
+
+
+@register_model
+def gam_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """GAM-ResNet-18, r = 16, one group - https://arxiv.org/abs/2112.05561"""
+    return _create_attn_resnet(
+        'gam_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), attn='gam')
+
+
+@register_model
+def gam_resnet34(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """GAM-ResNet-34, r = 16, one group - https://arxiv.org/abs/2112.05561"""
+    return _create_attn_resnet(
+        'gam_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), attn='gam')
+
+
+@register_model
+def gam_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """GAM-ResNet-50, r = 16, 4 groups with the shuffle between the convolutions - https://arxiv.org/abs/2112.05561"""
+    return _create_attn_resnet(
+        'gam_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), attn='gam', attn_args=dict(groups=4))
+
+
+@register_model
+def gam_resnet101(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """GAM-ResNet-101, r = 16, 4 groups with the shuffle between the convolutions - https://arxiv.org/abs/2112.05561"""
+    return _create_attn_resnet(
+        'gam_resnet101', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3),
+        attn='gam', attn_args=dict(groups=4))
+
+
+@register_model
+def triplet_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """Triplet-attention ResNet-18, kernel 7 - https://arxiv.org/abs/2010.03045"""
+    return _create_attn_resnet(
+        'triplet_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), attn='triplet')
+
+
+@register_model
+def triplet_resnet34(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """Triplet-attention ResNet-34, kernel 7 - https://arxiv.org/abs/2010.03045"""
+    return _create_attn_resnet(
+        'triplet_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), attn='triplet')
+
+
+@register_model
+def triplet_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """Triplet-attention ResNet-50, kernel 7 - https://arxiv.org/abs/2010.03045"""
+    return _create_attn_resnet(
+        'triplet_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), attn='triplet')
+
+
+@register_model
+def triplet_resnet101(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """Triplet-attention ResNet-101, kernel 7 - https://arxiv.org/abs/2010.03045"""
+    return _create_attn_resnet(
+        'triplet_resnet101', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3), attn='triplet')
+
+
+@register_model
+def gsop_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """GSoP-Net1 of depth 50; its last stage has stride 1 - https://arxiv.org/abs/1811.12006
+
+    It has no warm start: a plain ResNet halves the map before its last stage, GSoP-Net1 does not.
+    """
+    return _create_attn_resnet(
+        'gsop_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3),
+        attn='gsop', attn_args=dict(stride=[2, 1, 1, 1]), last_stride=1)
+
+
+@register_model
+def gsop_resnet101(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """GSoP-Net1 of depth 101; its last stage has stride 1 - https://arxiv.org/abs/1811.12006
+
+    It has no warm start: a plain ResNet halves the map before its last stage, GSoP-Net1 does not.
+    """
+    return _create_attn_resnet(
+        'gsop_resnet101', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3),
+        attn='gsop', attn_args=dict(stride=[2, 1, 1, 1]), last_stride=1)
+
+
+@register_model
+def csa_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """ResNet-18 with channel self-attention, the project's own - https://arxiv.org/abs/2106.09681"""
+    return _create_attn_resnet(
+        'csa_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), attn='csa')
+
+
+@register_model
+def csa_resnet34(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """ResNet-34 with channel self-attention, the project's own - https://arxiv.org/abs/2106.09681"""
+    return _create_attn_resnet(
+        'csa_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), attn='csa')
+
+
+@register_model
+def csa_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """ResNet-50 with channel self-attention, the project's own - https://arxiv.org/abs/2106.09681"""
+    return _create_attn_resnet(
+        'csa_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), attn='csa')
