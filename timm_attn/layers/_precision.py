@@ -18,7 +18,7 @@ def _matmul_upcast(a: Tensor, b: Tensor) -> Tensor:
     if torch.jit.is_scripting():
         # TorchScript has no autocast switch for any device; autocast leaves float64 alone.
         return (a.double() @ b.double()).to(a.dtype)
-    if torch.is_autocast_enabled(a.device.type):
+    if not a.is_meta and torch.is_autocast_enabled(a.device.type):  # autocast knows no meta device
         with torch.autocast(a.device.type, enabled=False):
             return a @ b
     return a @ b

@@ -72,10 +72,14 @@ class GSoP(Attention):
         return matmul_upcast(t, t.transpose(1, 2)) / t.shape[2]  # (N, d, d)
 
     def channel_gate(self, s: Tensor) -> Tensor:
-        v = self.bn_row(s.unsqueeze(3))  # (N, d, d, 1)
-        # Half-precision weights outside autocast want a half-precision map.
-        e = self.conv_row(v.to(self.conv_row.weight.dtype))  # (N, 4d, 1, 1)
-        return self.conv_expand(e).sigmoid()  # (N, C, 1, 1)
+        v = self.bn_row(s.unsqueeze(3).to(self.bn_row.weight.dtype))  # (N, d, d, 1)
+        # Both convolutions see one position, so they are matrix products; in float32, since an untrained bn_row lets
+        # a covariance through that overflows float16.
+        rows = self.conv_row.weight.unflatten(0, (-1, 4)).flatten(2)  # (d, 4, d)
+        e = matmul_upcast(v.transpose(2, 3), rows.transpose(1, 2)).flatten(1)  # (N, 4d)
+        e = e + upcast(self.conv_row.bias)
+        z = matmul_upcast(e, self.conv_expand.weight.flatten(1).t()) + upcast(self.conv_expand.bias)  # (N, C)
+        return z.sigmoid()[:, :, None, None]  # (N, C, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (self.channel_gate(self.covariance(x)).to(x.dtype) * self.gain)

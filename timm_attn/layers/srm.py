@@ -62,7 +62,7 @@ class SRM(Attention):
         # Unbiased: m / (m - 1). One element has no spread, and 1 // m keeps the divisor from being 0.
         std = (var * (m / (m - 1 + 1 // m)) + 1e-5).sqrt()
         z = mean * self.cfc[:, 0] + std * self.cfc[:, 1]  # (N, C)
-        return self.bn(z[:, :, None, None]).sigmoid().to(x.dtype)  # (N, C, 1, 1)
+        return self.bn(z[:, :, None, None].to(self.cfc.dtype)).sigmoid().to(x.dtype)  # (N, C, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (self.channel_gate(x) * self.gain)
