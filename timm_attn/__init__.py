@@ -6,6 +6,7 @@ from . import models as models
 from .injection import attn_sites as attn_sites
 from .injection import inject as inject
 from .layers import create_attn as create_attn
+from .layers import get_attn as get_attn
 from .layers import list_attn as list_attn
 
 try:

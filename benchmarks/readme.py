@@ -1,0 +1,57 @@
+"""Writes the generated parts of README.md: `python benchmarks/readme.py`.
+
+Tables come from the registry, the weights table and `benchmarks/results/`; a test renders them again and compares.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from timm_attn.lab.listing import attentions_table, markdown_table, models_table
+from timm_attn.weights import weights_table
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / 'benchmarks/results'
+
+
+def parity_table() -> str:
+    """Largest gap of each golden file, as measured."""
+    record = json.loads((RESULTS / 'parity.json').read_text())
+    kinds = ('output', 'input gradient', 'parameter gradients', 'buffers')
+    rows = [
+        (f'`{name}`', *(f'{gaps[kind]:.1e}' if gaps.get(kind) is not None else '-' for kind in kinds))
+        for name, gaps in record['gaps'].items()
+    ]
+    return markdown_table(('golden data', *kinds), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    'attentions': attentions_table,
+    'models': models_table,
+    'weights': weights_table,
+    'parity': parity_table,
+}
+
+
+def render(text: str) -> str:
+    """The README with its tables made again.
+
+    Args:
+        text: The README as it is.
+    """
+    for name, table in TABLES.items():
+        text, n = re.subn(
+            rf'(<!-- table: {name} -->\n).*?(<!-- end -->)',
+            lambda m, table=table: f'{m[1]}{table()}\n{m[2]}',
+            text,
+            flags=re.DOTALL,
+        )
+        if n != 1:
+            raise ValueError(f"README.md holds the markers of table '{name}' {n} times, expected once.")
+    return text
+
+
+if __name__ == '__main__':
+    readme = ROOT / 'README.md'
+    readme.write_text(render(readme.read_text()))

@@ -1,0 +1,62 @@
+"""The command line: `timm-attn list | quickstart | compare | convert | recipe | card | push | pull | ...`.
+
+Every subcommand is one Python call of the package; its parser stands beside the code it runs. What a command prints on
+stdout is data; what it says goes to stderr. Exit code 2 is wrong usage, 1 is a failure.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from huggingface_hub.errors import HfHubHTTPError
+
+# Modules with add_parser(commands), in the order in which --help shows them.
+COMMANDS = (
+    'timm_attn.lab.listing',
+    'timm_attn.lab.quickstart',
+    'timm_attn.lab.compare',
+    'timm_attn.recipes',
+    'timm_attn.weights.cli',
+    'timm_attn.hub_cli',
+    'timm_attn.lab.explain',
+    'timm_attn.space',
+    'timm_attn.bench',
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all subcommands."""
+    parser = argparse.ArgumentParser(
+        prog='timm-attn',
+        description='Attention ResNets for timm, equal to the authors\' code.',
+        epilog='example: timm-attn quickstart --out runs/quickstart',
+    )
+    commands = parser.add_subparsers(title='commands', dest='command', required=True)
+    for module in COMMANDS:
+        importlib.import_module(module).add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: The words behind `timm-attn`; sys.argv's by default.
+
+    Returns:
+        The exit code.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except (ValueError, TypeError, ImportError, RuntimeError, OSError, HfHubHTTPError) as e:
+        print(f'timm-attn {args.command}: {e}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f'timm-attn {args.command}: interrupted', file=sys.stderr)
+        return 130
+
+
+if __name__ == '__main__':
+    sys.exit(main())
