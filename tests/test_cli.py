@@ -8,7 +8,7 @@ import timm
 import timm_attn
 from timm_attn.cli import build_parser, main
 
-NAMES = ['list', 'quickstart', 'compare', 'recipe', 'convert', 'card', 'push', 'pull', 'publish', 'explain', 'space', 'bench']
+NAMES = 'list quickstart compare recipe convert card push pull publish explain space bench'.split()
 
 
 @pytest.mark.parametrize('name', NAMES)

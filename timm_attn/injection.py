@@ -1,6 +1,5 @@
 """Puts attention into any timm model that has slots for it; the registered models are built this way too."""
 
-import copy
 import functools
 import logging
 from collections.abc import Callable, Iterator
@@ -95,7 +94,8 @@ def _probe(model: nn.Module) -> None:
 def _block_sites(model: nn.Module) -> list[Site]:
     slots = _empty_slots(model)
     if not slots:
-        filled = f' (its slots are filled: {list(attn_sites(model))[0]}, ...)' if attn_sites(model) else ''
+        first = next(iter(attn_sites(model)), None)
+        filled = f' (they are filled: {first}, ...)' if first else ''
         raise ValueError(
             f'{type(model).__name__} has no empty attention slot {SLOTS}{filled}. Families that have: {FAMILIES}.')
     before = {site: getattr(block, slot) for site, (block, slot) in slots.items()}
@@ -115,8 +115,13 @@ def _block_sites(model: nn.Module) -> list[Site]:
             f'{type(model).__name__} never calls the slots {missed}, so attention there would do nothing. '
             f'Families that work: {FAMILIES}.')
     return [
-        # Normaliser-free blocks multiply what comes out of the slot by a constant of their own.
-        Site(site, probes[site].channels or 0, functools.partial(setattr, block, slot), getattr(block, 'attn_gain', 1.0))
+        Site(
+            site,
+            probes[site].channels or 0,
+            functools.partial(setattr, block, slot),
+            # Normaliser-free blocks multiply what comes out of the slot by a constant of their own.
+            getattr(block, 'attn_gain', 1.0),
+        )
         for site, (block, slot) in slots.items()
     ]
 
@@ -208,7 +213,8 @@ def inject(model: nn.Module, name: str, *, start: str = 'identity', **attn_args:
         site.put(module)
     if attn.cls.no_weight_decay:
         inner = getattr(model, 'no_weight_decay', None)
-        model.no_weight_decay = functools.partial(_no_weight_decay, model, inner)  # pyright: ignore[reportAttributeAccessIssue]
+        host: Any = model
+        host.no_weight_decay = functools.partial(_no_weight_decay, model, inner)
     size = sum(p.numel() for m in modules for p in m.parameters())
     if size > LARGE:
         _logger.warning("'%s' adds %.0f M parameters; a smaller rd_ratio or more groups give fewer.", name, size / 1e6)
@@ -218,7 +224,5 @@ def inject(model: nn.Module, name: str, *, start: str = 'identity', **attn_args:
 def _build(attn: AttnSpec, sites: list[Site], attn_args: dict[str, Any], like: Tensor) -> list[Attention]:
     widths = list(dict.fromkeys(site.channels for site in sites))
     args = _args_by_width(attn.name, attn_args, widths)
-    return [
-        create_attn(attn.name, site.channels, device=like.device, dtype=like.dtype, **copy.deepcopy(args[site.channels]))
-        for site in sites
-    ]
+    dd = {'device': like.device, 'dtype': like.dtype}
+    return [create_attn(attn.name, site.channels, **dd, **args[site.channels]) for site in sites]

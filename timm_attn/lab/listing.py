@@ -1,6 +1,7 @@
 """`timm-attn list`: the attentions and the models, with parameters, MACs and papers."""
 
 import argparse
+from typing import Any
 
 import timm
 
@@ -48,7 +49,7 @@ def models_table(pattern: str = '') -> str:
     """The models as Markdown: name, parameters, MACs, paper."""
     rows = []
     for name in list_our_models(pattern):
-        model = timm.create_model(name, device='meta')
+        model: Any = timm.create_model(name, device='meta')
         size = count(model, model.pretrained_cfg['input_size'])
         paper = get_attn(model.attn).paper if model.attn else '-'
         rows.append((f'`{name}`', f'{size["params"]:,}', f'{size["macs"] / 1e9:.3f}', paper))

@@ -27,12 +27,12 @@ class Attention(nn.Module):
         self.neutral_gate = neutral_gate
         self.gain = 1.0
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def init_neutral(self) -> None:
         """Zeroes the last layer of each gate, so that the module multiplies by `neutral_gate`."""
         raise NotImplementedError
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:
         """What the attention looks at, without `gain`.
 

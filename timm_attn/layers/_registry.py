@@ -142,4 +142,5 @@ def create_attn(
         TypeError: Unknown options; the message names the accepted ones.
     """
     check_attn_args(name, attn_args)
-    return get_attn(name).cls(channels, **attn_args, device=device, dtype=dtype)
+    cls: Any = get_attn(name).cls
+    return cls(channels, **attn_args, device=device, dtype=dtype)

@@ -79,7 +79,7 @@ class BAM(Attention):
             if isinstance(m, nn.Conv2d | nn.Linear) and m.bias is not None:
                 nn.init.zeros_(m.bias)
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def init_neutral(self) -> None:
         # One factor of a product is enough, and were both 0, neither would get a gradient.
         last = (self.bn_channel, self.bn_spatial) if self.add else (self.conv_final,)
@@ -108,7 +108,7 @@ class BAM(Attention):
         m = mc + ms if self.add else mc * ms  # (N, C, H, W)
         return x * ((1 + m.sigmoid()) * self.gain)
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:
         """The two branches before they are joined, and the joint gate: 'channel', 'spatial', 'gate' (N, C, H, W)."""
         mc, ms = self.channel_branch(x), self.spatial_branch(x)

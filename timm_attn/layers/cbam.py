@@ -74,7 +74,7 @@ class CBAM(Attention):
             nn.init.kaiming_normal_(self.conv.weight, mode='fan_out', nonlinearity='relu')
             nn.init.zeros_(self.bn.weight)
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def init_neutral(self) -> None:
         if self.channel:
             nn.init.zeros_(self.fc2.weight)
@@ -100,7 +100,7 @@ class CBAM(Attention):
             x = x * self.channel_gate(x)
         return x * (self.spatial_gate(x) * self.gain)
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:
         found = {}
         if self.channel:

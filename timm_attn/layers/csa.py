@@ -60,7 +60,7 @@ class ChannelSelfAttention(Attention):
         self.proj = nn.Conv2d(hidden, channels, 1, **dd)
         self.gamma = nn.Parameter(torch.zeros(1, **dd))
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def init_neutral(self) -> None:
         nn.init.zeros_(self.gamma)
 
@@ -83,7 +83,7 @@ class ChannelSelfAttention(Attention):
         # The gain is 1 but in models that scale what their slots give out: no pass over memory for the others.
         return y if self.gain == 1.0 else y * self.gain
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:
         """'matrix' (N, heads, c, c): how much of each channel (column) each channel (row) takes."""
         return {'matrix': self.matrix(self.qkv_tokens(x))}

@@ -54,7 +54,7 @@ class ECA(Attention):
         check_odd(kernel_size)
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False, **dd)
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def init_neutral(self) -> None:
         nn.init.zeros_(self.conv.weight)
 
@@ -65,6 +65,6 @@ class ECA(Attention):
     def forward(self, x: Tensor) -> Tensor:
         return x * (self.channel_gate(x) * self.gain)
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:
         return {'channel': self.channel_gate(x).flatten(1)}

@@ -94,7 +94,7 @@ class GAM(Attention):
             self.conv2 = nn.Conv2d(hidden, channels, 7, padding=3, groups=groups, **dd)
             self.bn2 = nn.BatchNorm2d(channels, **dd)
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def init_neutral(self) -> None:
         if self.channel:
             nn.init.zeros_(self.fc2.weight)
@@ -127,7 +127,7 @@ class GAM(Attention):
             x = x * self.pixel_gate(x)
         return x * (self.spatial_gate(x) * self.gain)
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:
         """'channel' and 'spatial', both (N, C, H, W), since neither is pooled."""
         found = {}

@@ -59,7 +59,7 @@ class GSoP(Attention):
         for conv in (self.conv_reduce, self.conv_row, self.conv_expand):
             nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def init_neutral(self) -> None:
         nn.init.zeros_(self.conv_expand.weight)
         if self.conv_expand.bias is not None:
@@ -85,7 +85,7 @@ class GSoP(Attention):
     def forward(self, x: Tensor) -> Tensor:
         return x * (self.channel_gate(self.covariance(x)).to(x.dtype) * self.gain)
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:
         """'channel' (N, C) and 'covariance' (N, d, d)."""
         s = self.covariance(x)

@@ -54,7 +54,7 @@ class SqueezeExcite(Attention):
         for fc in (self.fc1, self.fc2):
             nn.init.kaiming_normal_(fc.weight, mode='fan_out', nonlinearity='relu')
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def init_neutral(self) -> None:
         nn.init.zeros_(self.fc2.weight)
         if self.fc2.bias is not None:
@@ -67,6 +67,6 @@ class SqueezeExcite(Attention):
     def forward(self, x: Tensor) -> Tensor:
         return x * (self.channel_gate(x) * self.gain)
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:
         return {'channel': self.channel_gate(x).flatten(1)}

@@ -80,7 +80,7 @@ class SelectiveKernel(Attention):
         for conv in (self.conv1, self.conv2, self.fc1, self.fc2):
             nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def init_neutral(self) -> None:
         """Gives both branches the weight 1/2 everywhere."""
         nn.init.zeros_(self.fc2.weight)
@@ -98,7 +98,7 @@ class SelectiveKernel(Attention):
         a = self.choice(u0 + u1).to(u0.dtype)
         return u0 * a[:, 0] + u1 * a[:, 1]
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:
         """'branch' (N, 2, D), the softmax over the two branches."""
         u0, u1 = self.branches(x)

@@ -51,7 +51,7 @@ class SRM(Attention):
         self.cfc = nn.Parameter(torch.zeros(channels, 2, **dd))
         self.bn = nn.BatchNorm2d(channels, **dd)
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def init_neutral(self) -> None:
         nn.init.zeros_(self.cfc)
         nn.init.zeros_(self.bn.bias)
@@ -67,6 +67,6 @@ class SRM(Attention):
     def forward(self, x: Tensor) -> Tensor:
         return x * (self.channel_gate(x) * self.gain)
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:
         return {'channel': self.channel_gate(x).flatten(1)}

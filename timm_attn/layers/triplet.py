@@ -90,7 +90,7 @@ class TripletAttention(Attention):
             # The released initialisation zeroes what is named SpatialGate, which is this branch alone.
             self.hw = PlaneGate(kernel_size, 0.0, **dd)
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def init_neutral(self) -> None:
         for gate in self.children():
             if isinstance(gate, PlaneGate):
@@ -110,7 +110,7 @@ class TripletAttention(Attention):
             return x * ((gate + hw.unsqueeze(1)) * (self.gain / 3))
         return x * (gate * (self.gain / 2))
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:
         """'cw' (N, C, W), 'hc' (N, H, C), and 'spatial' (N, H, W) of the unrotated branch."""
         cw, hc = self.plane_gates(x)

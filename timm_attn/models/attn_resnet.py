@@ -38,21 +38,23 @@ def cifar_stem_(model: ResNet) -> ResNet:
         old.in_channels, old.out_channels, 3, padding=1, bias=False, device=weight.device, dtype=weight.dtype)
     nn.init.kaiming_normal_(model.conv1.weight, mode='fan_out', nonlinearity='relu')
     model.maxpool = nn.Identity()
-    for i, info in enumerate(model.feature_info):
+    infos: Any = model.feature_info
+    for i, info in enumerate(infos):
         info['reduction'] //= 2 if i == 0 else 4
     return model
 
 
 def _keep_resolution(model: ResNet) -> None:
     """Takes the stride out of the last stage, without dilation, as GSoP's released nets have it."""
-    block = model.layer4[0]
+    block: Any = model.get_submodule('layer4.0')
     convs = [m for m in block.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)]
     if not convs:
         return  # output_stride has done so already
     for conv in convs:
         conv.stride = (1, 1)
     block.stride = 1
-    model.feature_info[-1]['reduction'] //= 2
+    info: Any = model.feature_info[-1]
+    info['reduction'] //= 2
 
 
 class AttnResNet(ResNet):
@@ -92,7 +94,7 @@ class AttnResNet(ResNet):
         # After ResNet's own weight init, which would overwrite the attention's.
         inject(self, attn, start='paper', **self.attn_args)
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def init_weights(self, zero_init_last: bool = True) -> None:
         """timm's initialisation of the backbone; attention keeps its own.
 

@@ -103,15 +103,15 @@ class SimpleCNN(nn.Module):
         if attn is not None:
             inject(self, attn, start='paper', **self.attn_args)
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         return dict(stem=r'^blocks\.0', blocks=r'^blocks\.(\d+)')
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
 
-    @torch.jit.ignore
+    @torch.jit.ignore()
     def get_classifier(self) -> nn.Module:
         return self.head.fc
 

@@ -30,11 +30,12 @@ class SKBottleneck(Bottleneck):
 
     def __init__(self, *args: Any, attn_args: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        conv: Any = self.conv2
         self.conv2 = create_attn(
             'sk',
-            self.conv2.out_channels,
-            stride=self.conv2.stride[0],
-            dilation=self.conv2.dilation[0],
+            conv.out_channels,
+            stride=conv.stride[0],
+            dilation=conv.dilation[0],
             device=kwargs.get('device'),
             dtype=kwargs.get('dtype'),
             **attn_args,
