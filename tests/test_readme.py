@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import safetensors.torch
 import timm
+from hub_server import HubServer
 import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,12 +60,11 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path):
 @pytest.mark.parametrize('page', [p for p in PAGES if python_blocks(p)], ids=lambda p: p.name)
 def test_every_python_block_runs(page: Path, tmp_path: Path):
     """In one fresh process a page, against a loopback Hub that holds a plain ResNet-18 under timm's name."""
-    server = load(ROOT / 'tests/hub_server.py')
     weights = tmp_path / 'resnet18.safetensors'
     safetensors.torch.save_file(timm.create_model('resnet18').state_dict(), weights)
     script = tmp_path / 'page.py'
     script.write_text('\n\n'.join(python_blocks(page)))
-    with server.HubServer() as hub:
+    with HubServer() as hub:
         hub.add_user('me', 'hf_readme')
         for tag in ('resnet18.a1_in1k', 'resnet18.tv_in1k'):
             hub.create_repo(f'timm/{tag}')

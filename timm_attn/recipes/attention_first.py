@@ -1,0 +1,63 @@
+"""First stage of fine-tuning: only the attention and the classifier learn.
+
+timm's train.py cannot freeze parameters, but imports what `--device-modules` names before it builds the model.
+Importing this module changes what `timm.create_model` returns in this process: every parameter that belongs neither to
+an attention nor to the classifier has `requires_grad=False`, so the optimizer and DistributedDataParallel leave it
+alone. Names and keys of the models stay as they are: the checkpoint is an ordinary one, from which the second stage
+trains everything.
+
+The BatchNorm of the frozen layers still follows the statistics of the new data. A model without attention is refused.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from timm.models import _registry
+from torch import nn
+
+# The package registers its models, which have to be there before all entry points are wrapped.
+import timm_attn as timm_attn
+
+from ..injection import attn_sites
+
+
+def freeze_backbone(model: Any) -> nn.Module:
+    """Freezes all parameters but those of the attentions and of the classifier.
+
+    Args:
+        model: A timm model with attention; changed in place.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: The model has no attention.
+    """
+    sites = attn_sites(model)
+    if not sites:
+        raise ValueError(
+            f'{type(model).__name__} has no attention to train first: choose a model of `timm-attn list`, or leave out '
+            f'`--device-modules {__name__}`.'
+        )
+    model.requires_grad_(False)
+    for module in (*sites.values(), model.get_classifier()):
+        module.requires_grad_(True)
+    return model
+
+
+def _frozen(entrypoint: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    @functools.wraps(entrypoint)
+    def build(*args: Any, **kwargs: Any) -> nn.Module:
+        return freeze_backbone(entrypoint(*args, **kwargs))
+
+    return build
+
+
+def _wrap_entrypoints() -> None:
+    # Not through register_model: it wipes the pretrained cfgs of a name that it overwrites.
+    entrypoints = _registry._model_entrypoints
+    entrypoints.update({name: _frozen(fn) for name, fn in entrypoints.items()})
+
+
+_wrap_entrypoints()
