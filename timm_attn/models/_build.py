@@ -1,5 +1,6 @@
 """How every registered model is built: timm's builder, with our weights and merged attention options."""
 
+import functools
 from typing import Any, TypeVar
 
 from timm.models import build_model_with_cfg
@@ -24,4 +25,6 @@ def build(cls: type[M], variant: str, pretrained: bool, defaults: dict[str, Any]
     attn_args = {**defaults.get('attn_args', {}), **(kwargs.get('attn_args') or {})}
     if attn_args:
         args['attn_args'] = attn_args
-    return build_model_with_cfg(cls, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **args)
+    # The filter looks a download's checksum up where timm puts it.
+    filter_fn = functools.partial(checkpoint_filter_fn, cache_dir=args.get('cache_dir'))
+    return build_model_with_cfg(cls, variant, pretrained, pretrained_filter_fn=filter_fn, **args)

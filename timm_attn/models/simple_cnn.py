@@ -38,7 +38,7 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(in_chs, out_chs, 3, padding=1, device=device, dtype=dtype)
         self.act = nn.ReLU(inplace=True)
-        self.pool = nn.MaxPool2d(2, ceil_mode=True)
+        self.pool = nn.MaxPool2d(2)
         if slot:
             self.se = nn.Identity()
         self.has_slot = slot
@@ -117,7 +117,9 @@ class SimpleCNN(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.num_classes = num_classes
-        self.head.reset(num_classes, pool_type=global_pool)
+        # A head without classifier has no parameter left to tell device and type.
+        weight = next(self.blocks.parameters())
+        self.head.reset(num_classes, pool_type=global_pool, device=weight.device, dtype=weight.dtype)
 
     def forward_intermediates(
             self,

@@ -1,0 +1,165 @@
+"""What `convert` refuses, each with its reason, and without touching anything."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from timm_attn.weights import convert
+
+Fill = Callable[[str], dict[str, Tensor]]
+
+
+@pytest.mark.parametrize('source', [None, 'cadene'])
+def test_cadenes_nets_are_refused_and_the_model_that_fits_is_named(source: str | None, filled: Fill) -> None:
+    with pytest.raises(ValueError, match=r"stride is in the first 1x1 .*timm\.create_model\('legacy_seresnet50'\)"):
+        convert(filled('se_cadene_resnet50'), 'se_resnet50', source)
+
+
+def test_another_name_does_not_get_cadenes_nets_in(filled: Fill) -> None:
+    with pytest.raises(ValueError, match=r"source \(='timm'\) does not fit: the keys are those of cadene"):
+        convert(filled('se_cadene_resnet50'), 'se_resnet50', 'timm')
+
+
+@pytest.mark.parametrize('source', [None, 'pytorchcv', 'pytorchcv/seresnet50'])
+def test_pytorchcvs_se_bottlenecks_need_the_name_with_the_b(source: str | None, filled: Fill) -> None:
+    state_dict = filled('pytorchcv_seresnet50')
+    with pytest.raises(ValueError, match=r"source='pytorchcv/seresnet50b'.*legacy_seresnet50"):
+        convert(state_dict, 'se_resnet50', source)
+
+
+def test_timms_selective_kernels_that_split_the_input_are_refused(randomise: Any) -> None:
+    for name in ('skresnet18', 'skresnet34', 'skresnet50'):
+        state_dict = randomise(timm.create_model(name, device='meta'), 0)
+        with pytest.raises(ValueError, match=r'split the input channels'):
+            convert(state_dict, 'sk_resnext50_32x4d')
+
+
+def test_timms_widths_at_depth_18_and_34_are_refused(randomise: Any) -> None:
+    for depth in (18, 34):
+        state_dict = randomise(timm.create_model(f'seresnet{depth}', device='meta'), 0)
+        with pytest.raises(ValueError, match=r'rounded to a multiple of 8 \(64 -> 8'):
+            convert(state_dict, f'se_resnet{depth}')
+
+
+def test_the_two_selective_kernel_networks_are_not_mixed(filled: Fill, randomise: Any) -> None:
+    with pytest.raises(ValueError, match=r'those of SK-ResNet\*.*sk_resnext50_32x4d is SKNet'):
+        convert(filled('sk_insight_resnet50'), 'sk_resnext50_32x4d')
+    with pytest.raises(ValueError, match=r'those of SKNet.*sk_resnet50 is SK-ResNet\*'):
+        convert(filled('pytorchcv_sknet50'), 'sk_resnet50')
+    theirs = randomise(timm.create_model('skresnext50_32x4d', device='meta'), 0)
+    with pytest.raises(ValueError, match=r'those of SKNet.*sk_resnet50 is SK-ResNet\*'):
+        convert(theirs, 'sk_resnet50')
+
+
+@pytest.mark.parametrize('name', ['bam_resnet18', 'pytorchcv_bam_resnet18'])
+def test_bams_product_does_not_go_into_the_papers_sum(name: str, filled: Fill) -> None:
+    with pytest.raises(ValueError, match=r"multiply the two branches, and attn_args=\{'combine': 'add'\}"):
+        convert(filled(name), 'bam_resnet18', attn_args={'combine': 'add'})
+
+
+def test_gam_of_another_rate_or_group_count_is_refused_with_what_it_has(randomise: Any) -> None:
+    other = timm.create_model('gam_resnet18', attn_args={'rd_ratio': 1 / 4, 'groups': 4}, device='meta')
+    state_dict = randomise(other, 0)
+    with pytest.raises(ValueError, match=r"attn_args=\{'rd_ratio': 16/64\}.*attn_args=\{'groups': 4\}"):
+        convert(state_dict, 'gam_resnet18')
+
+
+def test_an_eca_kernel_longer_than_the_models_is_refused(filled: Fill) -> None:
+    with pytest.raises(ValueError, match=r"\(1, 1, 7\).*attn_args=\{'kernel_size': \[3, 5, 7, 7\]\}"):
+        convert(filled('eca_resnet18_k3577'), 'eca_resnet18', attn_args={'kernel_size': 3})
+
+
+@pytest.mark.parametrize(('name', 'model_name', 'message'), [
+    ('cbam_resnet18', 'bam_resnet18', r"a net with 'cbam' \(jongchan\), and bam_resnet18 has 'bam'"),
+    ('eca_resnet18_k3577', 'se_resnet18', r"a net with 'eca' \(ecanet\), and se_resnet18 has 'se'"),
+    ('pytorchcv_cbam_resnet18', 'se_resnet18', r"a net with 'cbam' \(pytorchcv\)"),
+    ('srm_resnet18', 'simple_cnn', r"'srm' \(srm\), and simple_cnn has no attention"),
+])
+def test_weights_of_another_attention_are_refused(name: str, model_name: str, message: str, filled: Fill) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert(filled(name), model_name)
+
+
+@pytest.mark.parametrize(('source', 'message'), [
+    ('jonchan', r"Unknown source 'jonchan'. Expected one of: cadene, ecanet"),
+    ('triplet', r"source \(='triplet'\) does not fit: the keys are those of insight or jongchan"),
+    ('jongchan/cbam', r"A net is named for pytorchcv only"),
+])
+def test_a_source_that_does_not_fit_is_refused(source: str, message: str, filled: Fill) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert(filled('cbam_resnet18'), 'cbam_resnet18', source)
+
+
+def test_an_unknown_net_of_pytorchcv_is_refused(filled: Fill) -> None:
+    with pytest.raises(ValueError, match=r"Unknown source 'pytorchcv/resnext'"):
+        convert(filled('pytorchcv_cbam_resnet18'), 'cbam_resnet18', 'pytorchcv/resnext')
+
+
+def test_every_unused_missing_and_misshapen_key_is_in_one_error(filled: Fill) -> None:
+    state_dict = filled('cbam_resnet18')
+    del state_dict['layer2.1.conv1.weight'], state_dict['layer4.0.cbam.ChannelGate.mlp.3.bias']
+    state_dict |= {'extra.one': torch.zeros(1), 'layer1.7.conv1.weight': torch.zeros(2)}
+    state_dict['layer3.0.bn1.bias'] = torch.zeros(3)
+    with pytest.raises(ValueError, match='does not fit cbam_resnet18') as error:
+        convert(state_dict, 'cbam_resnet18')
+    text = str(error.value)
+    assert '2 unused keys: extra.one, layer1.7.conv1.weight' in text
+    assert '2 missing keys: layer2.1.conv1.weight, layer4.0.se.fc2.bias' in text
+    assert 'layer3.0.bn1.bias is (3,), the model needs (256,)' in text
+
+
+def test_a_net_of_another_depth_lists_what_is_missing(filled: Fill) -> None:
+    with pytest.raises(ValueError, match=r'missing keys: .*layer3\.5\.conv2\.weight'):
+        convert(filled('cbam_resnet18'), 'cbam_resnet34')
+
+
+def test_two_keys_that_become_one_are_refused(filled: Fill) -> None:
+    state_dict = filled('triplet_resnet18')
+    key = 'layer1.0.triplet_attention.ChannelGateH.spatial.conv.weight'
+    state_dict['layer1.0.pcam.ChannelGateH.spatial.conv.weight'] = state_dict[key]
+    with pytest.raises(ValueError, match=r"both become 'layer1\.0\.se\.cw\.conv\.weight'"):
+        convert(state_dict, 'triplet_resnet18')
+    plain = filled('cbam_resnet18')
+    with pytest.raises(ValueError, match=r'has the name of another key'):
+        convert(plain | {'module.conv1.weight': plain['conv1.weight']}, 'cbam_resnet18')
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_weights_that_are_not_finite_are_refused(value: float, filled: Fill) -> None:
+    state_dict = filled('cbam_resnet18')
+    state_dict['layer2.0.bn1.running_var'] = state_dict['layer2.0.bn1.running_var'].index_fill(
+        0, torch.tensor([1]), value)
+    with pytest.raises(ValueError, match=r"NaN or infinite.*layer2\.0\.bn1\.running_var"):
+        convert(state_dict, 'cbam_resnet18')
+
+
+@pytest.mark.parametrize(('checkpoint', 'message'), [
+    ({}, r'holds no weights: its entries are none'),
+    ({'epoch': 3, 'state_dict': {}}, r'holds no weights'),
+    ({'epoch': 3, 'arch': 'x'}, r"holds no weights: its entries are \['epoch', 'arch'\]"),
+    ({'conv1.weight': torch.zeros(1), 'epoch': 3}, r"tensors only; this one has also: \{'epoch': 'int'\}"),
+    ({'backbone.conv.weight': torch.zeros(1)}, r'those of no known source'),
+])
+def test_a_dict_without_a_nets_weights_is_refused(checkpoint: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert(checkpoint, 'cbam_resnet18')
+
+
+@pytest.mark.parametrize(('name', 'message'), [
+    ('cbam_resnet19', r"Unknown model 'cbam_resnet19'"),
+    ('hf-hub:me/model', r"Unknown model 'hf-hub:me/model'"),
+    ('resnet18', r"'resnet18' is timm's own model"),
+])
+def test_a_model_that_is_none_of_ours_is_refused(name: str, message: str, filled: Fill) -> None:
+    with pytest.raises(ValueError, match=re.compile(message)):
+        convert(filled('cbam_resnet18'), name)
+
+
+def test_arguments_that_would_load_weights_are_refused(filled: Fill) -> None:
+    with pytest.raises(ValueError, match=r'convert builds no weights: leave out pretrained'):
+        convert(filled('cbam_resnet18'), 'cbam_resnet18', pretrained=True)
