@@ -26,11 +26,23 @@ def parity_table() -> str:
     return markdown_table(('golden data', *kinds), rows)
 
 
+def bytes_table() -> str:
+    """Bytes kept for backward, eager and fused, beside the plain model's."""
+    rows = {r['model']: r for r in json.loads((RESULTS / 'memory.json').read_text())['rows']}
+
+    def cell(name: str) -> str:
+        return f'{rows[name]["kept_bytes"] / 1e6:.1f} MB ({rows[name]["ratio"]:.2f})'
+
+    names = [n for n in rows if f'{n} fused' in rows]
+    return markdown_table(('model', 'eager', 'fused'), [(n, cell(n), cell(f'{n} fused')) for n in names])
+
+
 TABLES: dict[str, Callable[[], str]] = {
     'attentions': attentions_table,
     'models': models_table,
     'weights': weights_table,
     'parity': parity_table,
+    'bytes': bytes_table,
 }
 
 

@@ -11,8 +11,8 @@ from types import ModuleType
 import pytest
 import safetensors.torch
 import timm
-from hub_server import HubServer
 import tomllib
+from hub_server import HubServer
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]

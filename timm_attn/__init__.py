@@ -6,10 +6,11 @@ from . import models as models
 from ._folder import save as save
 from .explain import attention_health as attention_health
 from .explain import attention_maps as attention_maps
+from .fusion import fuse as fuse
 from .hub import load_from_hub as load_from_hub
 from .hub import push_to_hub as push_to_hub
-from .injection import attn_sites as attn_sites
 from .injection import inject as inject
+from .layers import attn_sites as attn_sites
 from .layers import create_attn as create_attn
 from .layers import get_attn as get_attn
 from .layers import list_attn as list_attn

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .layers import Attention, AttnSpec, check_attn_args, create_attn, get_attn
+from .layers import Attention, AttnSpec, attn_sites, check_attn_args, create_attn, get_attn
 
 _logger = logging.getLogger(__name__)
 
@@ -56,18 +56,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for m, training in modes:
             m.training = training
-
-
-def attn_sites(model: nn.Module) -> dict[str, Attention]:
-    """All attention modules of a model.
-
-    Args:
-        model: Any model, registered or injected into.
-
-    Returns:
-        Name in the model -> module, from input to output.
-    """
-    return {name: m for name, m in model.named_modules() if isinstance(m, Attention)}
 
 
 def _empty_slots(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:

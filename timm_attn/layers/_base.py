@@ -48,6 +48,25 @@ class Attention(nn.Module):
         return f'gain={self.gain:g}' if self.gain != 1 else ''
 
 
+def attn_sites(model: nn.Module) -> dict[str, Attention]:
+    """All attention modules of a model.
+
+    Args:
+        model: Any model, registered or injected into.
+
+    Returns:
+        Name -> module, from input to output, as in the state dict, without torch.compile's prefix; of attentions
+        inside one another, the outermost.
+    """
+    sites: dict[str, Attention] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Attention):
+            name = '.'.join(part for part in name.split('.') if part != '_orig_mod')
+            if not any(name.startswith(f'{outer}.') for outer in sites):
+                sites[name] = module
+    return sites
+
+
 def reduced_channels(channels: int, rd_ratio: float) -> int:
     """The width C // r of a bottleneck, with no rounding and no least width.
 

@@ -11,7 +11,8 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
-from ..injection import attn_sites, inject
+from ..injection import inject
+from ..layers import attn_sites
 from ..weights import cfgs_of
 from ._build import build
 

@@ -16,7 +16,7 @@ __all__ = ['SimpleCNN']
 
 
 class ConvBlock(nn.Module):
-    """conv 3x3 - attention - ReLU - max-pool.
+    """conv 3x3 - attention - ReLU.
 
     Args:
         in_chs: Channels of the input.
@@ -38,7 +38,6 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(in_chs, out_chs, 3, padding=1, device=device, dtype=dtype)
         self.act = nn.ReLU(inplace=True)
-        self.pool = nn.MaxPool2d(2)
         if slot:
             self.se = nn.Identity()
         self.has_slot = slot
@@ -47,7 +46,7 @@ class ConvBlock(nn.Module):
         x = self.conv(x)
         if self.has_slot:
             x = self.se(x)
-        return self.pool(self.act(x))  # (N, out_chs, H / 2, W / 2)
+        return self.act(x)  # (N, out_chs, H, W)
 
 
 class SimpleCNN(nn.Module):
@@ -94,8 +93,12 @@ class SimpleCNN(nn.Module):
 
         blocks, self.feature_info = [], []
         for i, (in_chs, out_chs) in enumerate(zip((in_chans, *channels[:-1]), channels, strict=True)):
+            # As in timm's VGG, a level of features is what goes into a pooling; the last one is what comes out.
+            self.feature_info.append(dict(num_chs=out_chs, reduction=2 ** i, module=f'blocks.{len(blocks)}'))
             blocks.append(ConvBlock(in_chs, out_chs, i + 1 in attn_after, device=device, dtype=dtype))
-            self.feature_info.append(dict(num_chs=out_chs, reduction=2 ** (i + 1), module=f'blocks.{i}'))
+            blocks.append(nn.MaxPool2d(2))
+        self.feature_info.append(
+            dict(num_chs=channels[-1], reduction=2 ** len(channels), module=f'blocks.{len(blocks) - 1}'))
         self.blocks = nn.Sequential(*blocks)
         self.num_features = self.head_hidden_size = channels[-1]
         self.head = ClassifierHead(
@@ -142,13 +145,18 @@ class SimpleCNN(nn.Module):
         """
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt (={output_fmt!r}) must be 'NCHW'.")
-        take, last = feature_take_indices(len(self.blocks), indices)
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        wanted = {self.feature_info[i]['module'] for i in take}
         intermediates = []
-        for i, block in enumerate(self.blocks[:last + 1] if stop_early else self.blocks):
+        for name, block in self._until(last).named_children() if stop_early else self.blocks.named_children():
             x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
-            if i in take:
+            if f'blocks.{name}' in wanted:
                 intermediates.append(x)
         return intermediates if intermediates_only else (x, intermediates)
+
+    @torch.jit.ignore()
+    def _until(self, level: int) -> nn.Sequential:
+        return self.blocks[:int(self.feature_info[level]['module'].split('.')[1]) + 1]
 
     def prune_intermediate_layers(
             self,
@@ -156,8 +164,8 @@ class SimpleCNN(nn.Module):
             prune_norm: bool = False,
             prune_head: bool = True,
     ) -> list[int]:
-        take, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[:last + 1]
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        self.blocks = self._until(last)
         if prune_head:
             self.reset_classifier(0, '')
         return take
@@ -178,7 +186,7 @@ class SimpleCNN(nn.Module):
 
 
 def _create_simple_cnn(variant: str, pretrained: bool, kwargs: dict[str, Any], **defaults: Any) -> SimpleCNN:
-    defaults['feature_cfg'] = dict(out_indices=(0, 1), feature_cls='getter')
+    defaults['feature_cfg'] = dict(out_indices=(0, 1, 2), feature_cls='getter')
     return build(SimpleCNN, variant, pretrained, defaults, kwargs)
 
 

@@ -19,7 +19,7 @@ from torch import nn
 # The package registers its models, which have to be there before all entry points are wrapped.
 import timm_attn as timm_attn
 
-from ..injection import attn_sites
+from ..layers import attn_sites
 
 
 def freeze_backbone(model: Any) -> nn.Module:

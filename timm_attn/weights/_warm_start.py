@@ -8,13 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..layers import BAM, Attention, GSoP, SelectiveKernel
+from ..layers import BAM, Attention, GSoP, SelectiveKernel, attn_sites
 
 _logger = logging.getLogger(__name__)
-
-
-def _sites(model: nn.Module) -> dict[str, Attention]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, Attention)}
 
 
 def check_can_start(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
@@ -27,7 +23,7 @@ def check_can_start(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: As `warm_start`.
     """
-    sites = _sites(model)
+    sites = attn_sites(model)
     if not sites:
         raise ValueError('The model has no attention to start: load the weights as they are.')
     kinds = {type(m) for m in sites.values()}
@@ -94,7 +90,7 @@ def warm_start(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
             attention already, or lack a layer that takes the constant.
     """
     check_can_start(model, state_dict)
-    sites = _sites(model)
+    sites = attn_sites(model)
     weights = dict(state_dict)
     for site, module in sites.items():
         neutral = copy.deepcopy(module)

@@ -136,7 +136,7 @@ def _description(tag: Tag) -> str:
     return f'Trained weights of {tag.source}, converted by name.'
 
 
-def cfgs_of(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+def cfgs_of(names: Sequence[str]) -> dict[str, Any]:
     """The configs of models for timm's `generate_default_cfgs`.
 
     Args:

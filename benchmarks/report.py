@@ -1,0 +1,126 @@
+"""Writes results/speed.md and results/overhead.png from results/speed.json and results/memory.json.
+
+    python benchmarks/report.py
+
+Ratios are to plain timm ResNet-50 in the same rounds. A cell is marked where our best (fused or frozen) misses its
+target, or costs more than half the overhead of the best peer of the same run.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from timm_attn._checks import atomic_write, require
+
+RESULTS = Path(__file__).parent / 'results'
+
+# attention: inference float32, inference bfloat16, training step
+TARGETS = {
+    **dict.fromkeys(('se', 'eca'), (1.03, 1.05, 1.05)),
+    **dict.fromkeys(('cbam', 'srm', 'bam'), (1.06, 1.12, 1.12)),
+    'triplet': (1.20, 1.40, 1.40),
+}
+
+
+def target(cell: dict[str, Any]) -> float | None:
+    targets = TARGETS.get(cell['attn'])
+    if targets is None:
+        return None
+    return targets[2] if cell['mode'] == 'train' else targets[cell['dtype'] == 'bfloat16']
+
+
+def kind(label: str, attn: str) -> str:
+    """A row's label without the model's name: 'eager', 'fused', 'plain fused', "timm's layer", ..."""
+    if label.startswith('plain'):
+        return label
+    return label.removeprefix(f'{attn}_resnet50').removeprefix(attn).strip() or 'eager'
+
+
+def verdict(cell: dict[str, Any], ratios: dict[str, float]) -> str:
+    ours = min(v for k, v in ratios.items() if k in ('eager', 'fused', 'frozen'))
+    goal = target(cell)
+    notes = [] if goal is None or ours <= goal else [f'target {goal:.2f} missed']
+    others = {k: v for k, v in ratios.items() if k not in ('eager', 'fused', 'frozen') and not k.startswith('plain')}
+    if others:
+        best = min(others, key=others.__getitem__)
+        if ours - 1 > max(others[best] - 1, 0) / 2:
+            notes.append(f'more than half the overhead of {best}')
+    return '; '.join(notes) or 'met'
+
+
+def markdown(cells: list[dict[str, Any]]) -> str:
+    first = cells[0]['environment']
+    lines = [
+        '# Time beside plain ResNet-50', '',
+        f'{first["device"]}, {first["threads"]} thread(s), torch {first["torch"]}, timm {first["timm"]}, '
+        f'{first["capability"]}. Medians of {cells[0]["rounds"]} interleaved rounds [quartiles], as ratios to plain '
+        'eager timm resnet50 in the same round.', '',
+        '| attention | mode | type | batch, size | ratios | |', '|---|---|---|---|---|---|']
+    for cell in cells:
+        rows = {kind(r['model'], cell['attn']): r for r in cell['rows']}
+        shown = ', '.join(
+            f'{k} {r["ratio"]:.3f} [{r["ratio_quartiles"][0]:.3f}, {r["ratio_quartiles"][1]:.3f}]'
+            for k, r in rows.items() if k != 'plain')
+        ratios = {k: r['ratio'] for k, r in rows.items()}
+        lines.append(
+            f'| {cell["attn"]} | {cell["mode"]} | {cell["dtype"]} | {cell["batch"]}, {cell["size"]} | {shown} | '
+            f'{verdict(cell, ratios)} |')
+    return '\n'.join(lines) + '\n'
+
+
+def memory_markdown(report: dict[str, Any]) -> str:
+    lines = [
+        '', '# Bytes kept for backward', '',
+        f'Batch {report["batch"]}, {report["size"]}x{report["size"]}, {report["dtype"]}: exact, the same on every '
+        'machine.', '', '| model | bytes | of plain |', '|---|---|---|']
+    lines += [f'| {r["model"]} | {r["kept_bytes"]:,} | {r["ratio"]:.3f} |' for r in report['rows']]
+    return '\n'.join(lines) + '\n'
+
+
+def plot(cells: list[dict[str, Any]]) -> None:
+    require('matplotlib', 'bench')
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    panels = list(dict.fromkeys((c['mode'], c['dtype']) for c in cells))
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), sharey=True, squeeze=False)
+    for axis, (mode, dtype) in zip(axes[0], panels, strict=True):
+        for x, cell in enumerate(c for c in cells if (c['mode'], c['dtype']) == (mode, dtype)):
+            for row in cell['rows']:
+                name = kind(row['model'], cell['attn'])
+                if name.startswith('plain'):
+                    continue
+                ours = name in ('eager', 'fused', 'frozen')
+                color = {'eager': 'tab:orange', 'fused': 'tab:blue', 'frozen': 'tab:green'}.get(name, 'gray')
+                axis.plot(x, row['ratio'] - 1, 'o' if ours else 'x', color=color, label=name if ours else 'peers')
+        axis.axhline(0, color='black', linewidth=0.8)
+        names = [c['attn'] for c in cells if (c['mode'], c['dtype']) == (mode, dtype)]
+        axis.set_xticks(range(len(names)), names, rotation=45)
+        axis.set_title(f'{mode}, {dtype}')
+    axes[0][0].set_ylabel('time over plain ResNet-50, less 1')
+    handles = {label: h for a in axes[0] for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
+    axes[0][-1].legend(handles.values(), handles.keys())
+    figure.tight_layout()
+    with atomic_write(RESULTS / 'overhead.png') as path:
+        figure.savefig(path, dpi=120, format='png')
+    plt.close(figure)
+
+
+def main() -> None:
+    speed, memory = RESULTS / 'speed.json', RESULTS / 'memory.json'
+    cells = json.loads(speed.read_text()) if speed.exists() else []
+    if not cells and not memory.exists():
+        raise SystemExit('No results yet: run benchmarks/throughput.py and benchmarks/memory.py first.')
+    text = markdown(cells) if cells else ''
+    if memory.exists():
+        text += memory_markdown(json.loads(memory.read_text()))
+    with atomic_write(RESULTS / 'speed.md') as path:
+        path.write_text(text)
+    if cells:
+        plot(cells)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,46 @@
+"""transformers: its wrapper around timm reads our folders once this package is imported."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+
+from timm_attn._folder import save
+from timm_attn.explain import attention_maps
+
+transformers = pytest.importorskip('transformers', reason='transformers is missing (extra ecosystem)')
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, torch.nn.Module]:
+    torch.manual_seed(0)
+    model = timm.create_model('cbam_resnet18', num_classes=3, channels=(16, 16, 16, 16), zero_init_last=False).eval()
+    folder = save(model, tmp_path / 'model', label_names=['cat', 'dog', 'emu'])
+    return folder, model
+
+
+def test_the_wrapper_gives_the_same_logits(saved: tuple[Path, torch.nn.Module]) -> None:
+    folder, model = saved
+    wrapped = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    assert type(wrapped).__name__ == 'TimmWrapperForImageClassification'
+    x = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(wrapped(pixel_values=x).logits, model(x))
+    assert len(attention_maps(wrapped, x)) == 8
+
+
+def test_the_pipeline_names_the_labels(saved: tuple[Path, torch.nn.Module]) -> None:
+    folder, model = saved
+    classify = transformers.pipeline('image-classification', model=str(folder))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    found = classify(image)
+    assert {f['label'] for f in found} == {'cat', 'dog', 'emu'}
+    transform: Any = create_transform(**resolve_model_data_config(model), is_training=False)
+    with torch.no_grad():
+        best = model(transform(image)[None]).softmax(1).max().item()
+    assert found[0]['score'] == pytest.approx(best, abs=1e-4)

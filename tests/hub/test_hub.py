@@ -1,0 +1,274 @@
+"""Push, load, save and the commands, for every attention."""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import nn
+
+import timm_attn
+from timm_attn import _client
+from timm_attn._folder import portable_state_dict, read_folder, save
+from timm_attn.cli import main
+from timm_attn.hub import HubError, HubFileError, load_from_hub, pull, push_to_hub
+
+SMALL: dict[str, Any] = {'layers': (1, 1, 1, 1), 'channels': (16, 32, 64, 128)}
+DATA: dict[str, Any] = {'input_size': (3, 32, 32), 'mean': (0.5, 0.5, 0.5), 'std': (0.25, 0.25, 0.25), 'crop_pct': 1.0}
+NAMES = {name: f'{name}_resnet18' for name in timm_attn.list_attn()} | {'gsop': 'gsop_resnet50', 'sk': 'sk_resnet50'}
+
+
+def build(attn: str, **kwargs: Any) -> nn.Module:
+    torch.manual_seed(0)
+    # The selective kernel has 32 groups.
+    small = {**SMALL, 'channels': (32, 64, 128, 256)} if attn == 'sk' else SMALL
+    return timm.create_model(NAMES[attn], num_classes=6, **small, **kwargs).eval()
+
+
+def blocks(card: str) -> list[str]:
+    return [part.split('```')[0] for part in card.split('```python\n')[1:]]
+
+
+@pytest.mark.parametrize('attn', sorted(NAMES))
+def test_push_and_load_give_equal_bits_and_the_card_runs(
+        attn: str, hub_client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = build(attn)
+    # A trained BatchNorm: the numbers that are no parameters have to arrive too.
+    model.train()(torch.randn(4, 3, 32, 32))
+    model.eval()
+    result = push_to_hub(model, 'me/mine', data_config=DATA, status='trained')
+    x = torch.randn(2, 3, 32, 32)
+    for again in (
+        load_from_hub('me/mine'),
+        timm.create_model('hf-hub:me/mine', pretrained=True),
+        timm.create_model(f'hf-hub:me/mine@{result.commit}', pretrained=True),
+    ):
+        assert torch.equal(again.eval()(x), model(x))
+    monkeypatch.chdir(tmp_path)
+    Image.new('RGB', (40, 50), (200, 30, 90)).save('photo.jpg')
+    found = blocks(hub_client.hub.files('me/mine')['README.md'].decode())
+    assert len(found) == 6
+    for block in found:
+        assert block.startswith('import timm_attn')
+        exec(compile(block, f'{attn}.md', 'exec'), {})
+    out = capsys.readouterr().out
+    assert f'me/mine@{result.commit}' in out
+    # The shapes that the card states as comments are those that come out.
+    for line in next(b for b in found if 'features_only' in b).splitlines():
+        if line.startswith('# ('):
+            assert line[2:] in out
+
+
+def test_load_with_another_head_other_channels_and_features(hub_client: Any) -> None:
+    model: Any = build('cbam')
+    push_to_hub(model, 'me/x', data_config=DATA)
+    x = torch.randn(2, 3, 32, 32)
+    other: Any = load_from_hub('me/x', num_classes=9).eval()
+    assert other(x).shape == (2, 9)
+    assert torch.equal(other.forward_features(x), model.forward_features(x))
+    gray: Any = load_from_hub('me/x', in_chans=1).eval()
+    torch.testing.assert_close(gray.conv1.weight, model.conv1.weight.sum(1, keepdim=True))
+    features: Any = load_from_hub('me/x', features_only=True, out_indices=(1, 4)).eval()
+    assert [tuple(f.shape) for f in features(x)] == [(2, 16, 8, 8), (2, 128, 1, 1)]
+    assert 'state_dict' not in other.pretrained_cfg
+
+
+def test_load_of_a_plain_timm_resnet(hub_client: Any) -> None:
+    model = timm.create_model('resnet18', num_classes=3, **SMALL).eval()
+    push_to_hub(model, 'me/x')
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(load_from_hub('me/x').eval()(x), model(x))
+
+
+def test_labels_are_kept_on_a_second_push_and_reach_the_model(hub_client: Any) -> None:
+    names = ['ant', 'bee', 'cat', 'dog', 'eel', 'fox']
+    push_to_hub(build('se'), 'me/x', label_names=names)
+    torch.manual_seed(1)
+    push_to_hub(build('se').train(), 'me/x', license='mit')
+    config = json.loads(hub_client.hub.files('me/x')['config.json'])
+    assert config['label_names'] == names and 'num_classes' not in config['model_args']
+    loaded: Any = load_from_hub('me/x')
+    assert loaded.pretrained_cfg['label_names'] == names
+
+
+def test_folder_with_pictures_and_a_new_record(hub_client: Any, tmp_path: Path) -> None:
+    folder = save(build('se'), tmp_path / 'f')
+    Image.new('RGB', (4, 4)).save(folder / 'curves.png')
+    (folder / 'checkpoint.pth').write_bytes(b'\x80')
+    push_to_hub(folder, 'me/x', eval_results={'dataset': 'digits', 'top1': 91.5})
+    files = hub_client.hub.files('me/x')
+    assert set(files) == {'.gitattributes', 'README.md', 'config.json', 'model.safetensors', 'curves.png'}
+    assert 'value: 91.5' in files['README.md'].decode()
+    assert json.loads(files['config.json'])['timm_attn']['evaluation'][0]['metrics'] == {'top1': 91.5}
+    with pytest.raises(ValueError, match=r'are for a model; a folder has its own'):
+        push_to_hub(folder, 'me/x', status='trained')
+
+
+def test_pull_writes_a_folder_that_timm_reads(hub_client: Any, tmp_path: Path) -> None:
+    commit = push_to_hub(build('eca'), 'me/x').commit
+    assert pull('me/x', tmp_path / 'out') == commit
+    again = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
+    x = torch.randn(1, 3, 32, 32)
+    assert torch.equal(again(x), build('eca')(x))
+    with pytest.raises(ValueError, match=r'already holds .*overwrite'):
+        pull('me/x', tmp_path / 'out')
+    pull('me/x', tmp_path / 'out', overwrite=True)
+
+
+def test_commands(hub_client: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save(build('se'), tmp_path / 'f')
+    (tmp_path / 'eval.json').write_text('{"dataset": "digits", "top1": 90}')
+    assert main(['card', str(folder), '--eval', str(tmp_path / 'eval.json')]) == 0
+    assert 'Top-1 | 90' in (folder / 'README.md').read_text()
+    assert main(['card', str(folder), '--stdout']) == 0
+    assert (folder / 'README.md').read_text() in capsys.readouterr().out
+    assert main(['push', str(folder), 'me/x']) == 0
+    pushed = capsys.readouterr()
+    assert pushed.out.strip() == hub_client.hub.head('me/x') and 'Pushed config.json' in pushed.err
+    assert main(['push', str(folder), 'me/x']) == 0
+    assert 'no commit made' in capsys.readouterr().err
+    assert main(['pull', 'me/x', '--out', str(tmp_path / 'g')]) == 0
+    assert capsys.readouterr().out.strip() == hub_client.hub.head('me/x')
+    assert main(['pull', 'me/nothing', '--out', str(tmp_path / 'h')]) == 1
+    failed = capsys.readouterr()
+    assert failed.out == ''
+    assert failed.err.startswith('timm-attn pull: Could not read me/nothing. There is no repository')
+    assert failed.err.count('\n') == 1
+    assert main(['card', str(tmp_path / 'nowhere')]) == 1
+    assert 'has no config.json' in capsys.readouterr().err
+    assert main(['card', str(folder), '--eval', str(tmp_path / 'none.json')]) == 1
+    assert 'cannot be read as JSON' in capsys.readouterr().err
+
+
+# --- Folders ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('kwargs', [
+    {'in_chans': 1},
+    {'attn_args': {'kernel_size': 3}},
+    {'cifar_stem': True},
+    {'global_pool': 'max'},
+    {'drop_rate': 0.5},
+    {'output_stride': 16},
+], ids=lambda k: next(iter(k)))
+def test_saved_folder_rebuilds_the_model(kwargs: dict[str, Any], tmp_path: Path) -> None:
+    model: Any = build('cbam', **kwargs)
+    folder = save(model, tmp_path / 'f')
+    again: Any = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    x = torch.randn(2, kwargs.get('in_chans', 3), 48, 40)
+    assert torch.equal(again(x), model(x)) and again.num_classes == 6
+    other: Any = timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=4).eval()
+    assert other(x).shape == (2, 4)
+    assert torch.equal(other.forward_features(x), model.forward_features(x))
+
+
+def test_save_writes_the_same_bytes_again(tmp_path: Path) -> None:
+    provenance = {'source': 'somewhere', 'source_url': 'https://example.org/x.pth', 'sha256': 'ab', 'license': 'mit'}
+    for name in 'ab':
+        save(build('gam'), tmp_path / name, provenance=provenance)
+    for file in ('README.md', 'config.json', 'model.safetensors'):
+        assert (tmp_path / 'a' / file).read_bytes() == (tmp_path / 'b' / file).read_bytes()
+    with safe_open(tmp_path / 'a' / 'model.safetensors', 'pt') as file:
+        metadata = file.metadata()
+    assert metadata['format'] == 'pt' and json.loads(metadata['timm_attn']) == provenance
+    config, _ = read_folder(tmp_path / 'a')
+    assert config.about['status'] == 'converted' and config.about['provenance'] == provenance
+    assert config.pretrained_cfg['license'] == 'mit'
+
+
+def test_save_keeps_other_files_and_refuses_to_replace(tmp_path: Path) -> None:
+    (tmp_path / 'notes.txt').write_text('mine')
+    old = os.umask(0o022)
+    try:
+        save(build('se'), tmp_path)
+    finally:
+        os.umask(old)
+    assert (tmp_path / 'notes.txt').read_text() == 'mine'
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['README.md', 'config.json', 'model.safetensors', 'notes.txt']
+    assert {stat.S_IMODE(p.stat().st_mode) for p in tmp_path.iterdir()} == {0o644}
+    before = (tmp_path / 'model.safetensors').read_bytes()
+    with pytest.raises(ValueError, match=r'already holds model\.safetensors, config\.json, README\.md; '
+                                         r'.*overwrite=True'):
+        save(build('eca'), tmp_path)
+    assert (tmp_path / 'model.safetensors').read_bytes() == before
+    save(build('eca'), tmp_path, overwrite=True)
+    assert (tmp_path / 'notes.txt').read_text() == 'mine'
+    with pytest.raises(ValueError, match=r'is a file; a folder is written here'):
+        save(build('se'), tmp_path / 'notes.txt')
+
+
+def test_save_refuses_what_it_could_not_read_back(tmp_path: Path) -> None:
+    resnet = timm.create_model('resnet18', **SMALL)
+    with pytest.raises(ValueError, match=r'has no name to rebuild it by'):
+        save(nn.Linear(2, 2), tmp_path / 'a')
+    injected = timm_attn.inject(resnet, 'cbam')
+    with pytest.raises(HubFileError, match=r'that do not belong.*cannot be rebuilt from its name: .*cbam_resnet50'):
+        save(injected, tmp_path / 'b')
+    gained: Any = build('cbam')
+    gained.layer1[0].se.gain = 4.0
+    with pytest.raises(ValueError, match=r"start='identity': its gain is no part of the weights"):
+        save(gained, tmp_path / 'c')
+    with torch.device('meta'):
+        meta = timm.create_model('se_resnet18')
+    with pytest.raises(ValueError, match=r'on the meta device'):
+        save(meta, tmp_path / 'd')
+    with pytest.raises(ValueError, match=r'training must be plain JSON'):
+        save(build('se'), tmp_path / 'e', training={'x': torch.ones(1)})
+    with pytest.raises(ValueError, match=r"status \(='good'\) must be one of: trained, converted, warm start, random"):
+        save(build('se'), tmp_path / 'f', status='good')
+    with pytest.raises(ValueError, match=r'label_names has 2 names, but there are 6 classes'):
+        save(build('se'), tmp_path / 'g', label_names=['a', 'b'])
+    assert not [p for p in tmp_path.rglob('*') if p.is_file()]
+
+
+def test_shared_weights_are_written_apart() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    found = portable_state_dict(model)
+    assert found['0.weight'].data_ptr() != found['1.weight'].data_ptr()
+    assert torch.equal(found['0.weight'], found['1.weight'])
+
+
+@pytest.mark.parametrize('status, kwargs', [
+    ('random', {}),
+    ('trained', {'training': {'epochs': 1}}),
+    ('trained', {'eval_results': {'dataset': 'digits', 'top1': 50}}),
+    ('converted', {'provenance': {'source_url': 'https://example.org'}}),
+    ('warm start', {'status': 'warm start'}),
+], ids=['random', 'training', 'evaluation', 'converted', 'warm'])
+def test_status_is_found(status: str, kwargs: dict[str, Any], tmp_path: Path) -> None:
+    config, files = read_folder(save(build('se'), tmp_path, **kwargs))
+    assert config.about['status'] == status
+    assert f'**Status: {status}.**' in files['README.md'].read_text()
+
+
+def test_status_is_not_guessed(tmp_path: Path) -> None:
+    model = build('se')
+    model.train()(torch.randn(2, 3, 32, 32))
+    config, files = read_folder(save(model, tmp_path))
+    assert 'status' not in config.about
+    assert '**Status: not recorded.**' in files['README.md'].read_text()
+
+
+def test_limits_are_taken_back(hub_client: Any) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import _http
+
+    before = _http._GLOBAL_CLIENT_FACTORY
+    with _client.limits():
+        assert huggingface_hub.get_session().timeout.read == _client.SETTINGS.timeout
+        with _client.limits():
+            pass
+        assert huggingface_hub.get_session().timeout.read == _client.SETTINGS.timeout
+    assert _http._GLOBAL_CLIENT_FACTORY is before
+    assert huggingface_hub.get_session().timeout.read is None
+    with pytest.raises(HubError):
+        load_from_hub('me/none')
+    assert _http._GLOBAL_CLIENT_FACTORY is before

@@ -1,0 +1,184 @@
+import pickle
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+from timm_attn.lab.data import Data, load_data, split
+
+Folder = Callable[..., Path]
+
+
+def test_digits_are_the_scans_of_scikit_learn_split_by_class() -> None:
+    datasets = pytest.importorskip('sklearn.datasets', reason='scikit-learn is not installed')
+    data = load_data('digits')
+    source = datasets.load_digits()
+    assert len(data.train) + len(data.val) == len(source.target) == 1797
+    assert Counter(data.train.targets) + Counter(data.val.targets) == Counter(source.target.tolist())
+    for c, n in Counter(source.target.tolist()).items():
+        assert abs(data.val.targets.count(c) - n / 3) < 1
+    # Each picture is one of the scans, in 17 levels stretched to bytes, and no scan is in both parts.
+    scans = [np.round(i * 255 / 16).astype(np.uint8).tobytes() for i in source.images]
+    classes = dict(zip(scans, source.target.tolist(), strict=True))
+    train, val = ([np.asarray(s.image(i))[..., 1].tobytes() for i in range(len(s))] for s in (data.train, data.val))
+    assert set(train) | set(val) == set(scans) and not set(train) & set(val)
+    assert [classes[scan] for scan in val] == data.val.targets
+    assert load_data('digits').fingerprint() == data.fingerprint()
+
+
+def test_split_gives_each_class_its_part_and_is_always_the_same() -> None:
+    targets = [0] * 10 + [1] * 20 + [2] * 3
+    train, held = split(targets, 0.2)
+    assert sorted(train + held) == list(range(33))
+    assert Counter(targets[i] for i in held) == {0: 2, 1: 4, 2: 1}
+    assert split(targets, 0.2) == (train, held)
+    assert split(targets, 0.2, seed=1) != (train, held)
+    with pytest.raises(ValueError, match='Class 1 has one image only'):
+        split([0, 0, 1], 0.2)
+
+
+def test_idx_files_of_fashion_mnist_are_read(fashion_files: Path) -> None:
+    data = load_data('fashion-mnist', data_dir=fashion_files)
+    assert (len(data.train), len(data.val), data.in_chans, data.img_size) == (60, 40, 1, 28)
+    assert data.classes[:2] == ['T-shirt/top', 'Trouser'] and len(data.classes) == 10
+    assert data.train.targets == [i % 10 for i in range(60)]
+    raw = (fashion_files / 'FashionMNIST/raw/train-images-idx3-ubyte').read_bytes()[16:]
+    assert np.asarray(data.train.image(7)).tobytes() == raw[7 * 784 : 8 * 784]
+
+
+@pytest.mark.parametrize(
+    ('name', 'train', 'val', 'label'), [('cifar10', 100, 20, 'airplane'), ('cifar100', 200, 100, '0')]
+)
+def test_cifar_binaries_are_read(cifar_files: Path, name: str, train: int, val: int, label: str) -> None:
+    data = load_data(name, data_dir=cifar_files)
+    assert (len(data.train), len(data.val), data.in_chans) == (train, val, 3)
+    assert data.classes[0] == label
+    if name == 'cifar100':
+        assert data.train.targets == [i % 100 for i in range(200)]  # The second label byte, the fine one.
+        record = (cifar_files / 'cifar-100-binary/train.bin').read_bytes()[5 * 3074 :][:3074]
+        planes = np.frombuffer(record[2:], dtype=np.uint8).reshape(3, 32, 32)
+        assert np.array_equal(np.asarray(data.train.image(5)).transpose(2, 0, 1), planes)
+
+
+def test_cifar_of_torchvision_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip('torchvision.datasets')
+    folder = tmp_path / 'cifar-10-batches-py'
+    folder.mkdir()
+    images = np.random.default_rng(0).integers(0, 256, size=(10, 3072), dtype=np.uint8)
+    for name, _ in datasets.CIFAR10.train_list + datasets.CIFAR10.test_list:
+        (folder / name).write_bytes(pickle.dumps({'data': images, 'labels': list(range(10))}))
+    (folder / 'batches.meta').write_bytes(pickle.dumps({'label_names': [f'class {i}' for i in range(10)]}))
+    # The published check sums are those of the real files; the format is the same.
+    for attribute in ('train_list', 'test_list'):
+        monkeypatch.setattr(datasets.CIFAR10, attribute, [[n, None] for n, _ in getattr(datasets.CIFAR10, attribute)])
+    monkeypatch.setattr(datasets.CIFAR10, 'meta', {**datasets.CIFAR10.meta, 'md5': None})
+    data = load_data('cifar10', data_dir=tmp_path)
+    assert (len(data.train), len(data.val), data.classes[3]) == (50, 10, 'class 3')
+    assert np.array_equal(np.asarray(data.val.image(4)).transpose(2, 0, 1).reshape(-1), images[4])
+
+
+@pytest.mark.parametrize('name', ['fashion-mnist', 'cifar10', 'cifar100'])
+def test_absent_data_set_says_where_it_was_sought_and_how_to_get_it(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"No {name} in '{tmp_path}'.*--data-dir, or pass --download"):
+        load_data(name, data_dir=tmp_path)
+
+
+def test_failed_download_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip('torchvision.datasets')
+    # A port that nothing listens on, so that no network is touched.
+    monkeypatch.setattr(datasets.FashionMNIST, 'mirrors', ['http://127.0.0.1:9/'])
+    with pytest.raises(ValueError, match=r'Could not fetch fashion-mnist into .*check the network'):
+        load_data('fashion-mnist', data_dir=tmp_path, download=True)
+
+
+def test_damaged_cifar_binaries_are_refused(cifar_files: Path) -> None:
+    path = cifar_files / 'cifar-100-binary/test.bin'
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r'test\.bin in .* are no whole number of cifar100 records'):
+        load_data('cifar100', data_dir=cifar_files)
+    path.unlink()
+    with pytest.raises(ValueError, match=r'lacks test\.bin'):
+        load_data('cifar100', data_dir=cifar_files)
+
+
+def test_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="Unknown data 'mnist': expected one of digits, fashion-mnist, cifar10"):
+        load_data('mnist')
+
+
+def test_image_folder_is_split_by_class(image_folder: Folder) -> None:
+    root = image_folder('pets', {'cat': 10, 'dog': 5, 'eel': 2})
+    data = load_data(str(root))
+    assert (data.name, data.classes, data.img_size) == ('pets', ['cat', 'dog', 'eel'], 224)
+    assert Counter(data.val.targets) == {0: 2, 1: 1, 2: 1}
+    assert Counter(data.train.targets) == {0: 8, 1: 4, 2: 1}
+    assert data.train.image(0).mode == 'RGB'
+
+
+def test_image_folder_with_splits_keeps_them_and_class_numbers_of_train(image_folder: Folder) -> None:
+    image_folder('pets/train', {'ape': 2, 'bee': 3, 'cat': 4})
+    image_folder('pets/val', {'bee': 2, 'cat': 1})  # A class may be absent where one measures.
+    data = load_data(str(image_folder('other', {'x': 1}).parent / 'pets'))
+    assert data.classes == ['ape', 'bee', 'cat']
+    assert (Counter(data.train.targets), Counter(data.val.targets)) == ({0: 2, 1: 3, 2: 4}, {1: 2, 2: 1})
+    image_folder('pets/validation', {'bee': 1, 'dog': 1})
+    with pytest.raises(ValueError, match=r'classes that .*train.* has not: dog'):
+        load_data(str(Path(data.train.items[0]).parents[2]))  # type: ignore[arg-type]
+
+
+def test_folder_errors_hold_the_path(image_folder: Folder, tmp_path: Path) -> None:
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(ValueError, match=rf"'{tmp_path}/empty' holds no images"):
+        load_data(str(tmp_path / 'empty'))
+    one = image_folder('one', {'cat': 3})
+    with pytest.raises(ValueError, match=rf"'{one}' holds one class only \('cat'\)"):
+        load_data(str(one))
+    single = image_folder('single', {'cat': 3, 'dog': 1})
+    with pytest.raises(ValueError, match=rf"'{single}' \(cat, dog\): Class 1 has one image only"):
+        load_data(str(single))
+    (image_folder('notest/train', {'cat': 3, 'dog': 3})).parent.joinpath('extra').mkdir()
+    with pytest.raises(ValueError, match="has a 'train' folder, but none of validation, val, test"):
+        load_data(str(tmp_path / 'notest'))
+    loose = image_folder('loose', {'cat': 3, 'dog': 3})
+    Image.new('RGB', (4, 4)).save(loose / 'stray.png')
+    with pytest.raises(ValueError, match=r'outside of class folders, such as .*stray\.png'):
+        load_data(str(loose))
+
+
+def test_unreadable_images_are_named_and_never_skipped(image_folder: Folder) -> None:
+    root = image_folder('pets', {'cat': 4, 'dog': 4}, side=64)
+    bad = root / 'cat' / '2.png'
+    whole = bad.read_bytes()
+    bad.write_bytes(b'not an image')
+    with pytest.raises(ValueError, match=rf"'{bad}' is no readable image"):
+        load_data(str(root))
+    # Header whole, body cut off: found when the image is decoded.
+    bad.write_bytes(whole[: len(whole) // 2])
+    data = load_data(str(root))
+    index, images = next((i, s) for s in (data.train, data.val) for i, p in enumerate(s.items) if p == bad)
+    with pytest.raises(ValueError, match=rf"'{bad}' is no readable image"):
+        images[index]
+
+
+def test_reduced_data_keep_all_classes(tiny_data: Data) -> None:
+    small = tiny_data.reduced(8, 4)
+    assert (len(small.train), len(small.val)) == (8, 4)
+    assert Counter(small.train.targets) == {0: 2, 1: 2, 2: 2, 3: 2}
+    assert small.fingerprint() != tiny_data.fingerprint()
+
+
+def test_fingerprint_sees_one_changed_label(tiny_data: Data) -> None:
+    before = tiny_data.fingerprint()
+    tiny_data.val.targets[3] = 0
+    assert tiny_data.fingerprint() != before
+
+
+def test_images_pass_through_timm_transforms(tiny_data: Data) -> None:
+    tiny_data.train.transform = create_transform((1, 12, 12), mean=(0.5,), std=(0.5,), crop_pct=1.0)  # type: ignore
+    x, target = tiny_data.train[5]
+    assert isinstance(x, torch.Tensor) and x.shape == (1, 12, 12) and target == 1

@@ -1,0 +1,129 @@
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from timm_attn.lab import plots
+from timm_attn.lab.stats import estimate
+from timm_attn.lab.tables import Row
+
+pytest.importorskip('matplotlib', reason='matplotlib is not installed')
+LONG = [f'a rather long name of model number {i}' for i in range(9)]
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Figures before they are closed, laid out."""
+    figures: list[Any] = []
+    save = plots._save
+
+    def keep(figure: Any, path: str | Path) -> None:
+        save(figure, path)
+        figures.append(figure)
+
+    monkeypatch.setattr(plots, '_save', keep)
+    return figures
+
+
+def rows(labels: list[str], parameters: Callable[[int], int]) -> list[Row]:
+    return [
+        Row(
+            label=label,
+            parameters=parameters(i),
+            top1=estimate([98 + i / 10, 98.5 + i / 10]),
+            difference=estimate([i / 10, i / 10 - 0.1]) if i else None,
+            seconds=1.5 + i / 7,
+            activation_mib=10.0,
+        )
+        for i, label in enumerate(labels)
+    ]
+
+
+def assert_texts_apart_and_inside(figure: Any) -> None:
+    """No two texts overlap, and none reaches over the edge of the picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    edge = figure.bbox
+    texts = []
+    for axis in figure.axes:
+        texts += [axis.title, axis.xaxis.label, axis.yaxis.label, *shown(axis.xaxis), *shown(axis.yaxis)]
+    for legend in figure.legends:
+        texts += legend.get_texts()
+    boxes = [(t.get_text(), t.get_window_extent(renderer)) for t in texts if t.get_text().strip() and t.get_visible()]
+    assert len(boxes) > 10
+    for text, box in boxes:
+        assert edge.x0 - 1 <= box.x0 and box.x1 <= edge.x1 + 1, text
+        assert edge.y0 - 1 <= box.y0 and box.y1 <= edge.y1 + 1, text
+    for (first, a), (second, b) in combinations(boxes, 2):
+        assert not (a.x0 < b.x1 and b.x0 < a.x1 and a.y0 < b.y1 and b.y0 < a.y1), (first, second)
+
+
+def shown(axis: Any) -> list[Any]:
+    """Labels of the ticks that lie within the limits; matplotlib keeps some outside and does not draw them."""
+    low, high = sorted(axis.get_view_interval())
+    return [t.label1 for t in axis.get_major_ticks() if low <= t.get_loc() <= high]
+
+
+@pytest.mark.parametrize('labels', [['plain', 'SE', 'CBAM', 'BAM', 'GAM'], LONG, ['alone']])
+@pytest.mark.parametrize('parameters', [lambda i: 318186 + 3000 * i, lambda i: 10 ** (5 + i % 4)])
+def test_labels_of_a_comparison_neither_collide_nor_leave_the_picture(
+        drawn: list[Any], tmp_path: Path, labels: list[str], parameters: Callable[[int], int],
+) -> None:
+    plots.comparison(rows(labels, parameters), tmp_path / 'c.png', title='digits: 12 epochs, 2 seeds', clock='cpu')
+    figure = drawn[0]
+    assert_texts_apart_and_inside(figure)
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == labels
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == labels[1:]
+
+
+@pytest.mark.parametrize('labels', [['plain', 'SE'], LONG])
+def test_labels_of_curves_neither_collide_nor_leave_the_picture(
+        drawn: list[Any], tmp_path: Path, labels: list[str],
+) -> None:
+    runs = [
+        dict(
+            model=dict(label=label),
+            history=[dict(epoch=e, top1=100 - 60 * 0.7**e - i, train_loss=2.3 * 0.8**e) for e in range(1, 16)],
+        )
+        for i, label in enumerate(labels)
+        for _ in range(2)
+    ]
+    plots.curves(runs, labels, tmp_path / 'c.png', title='digits')
+    assert_texts_apart_and_inside(drawn[0])
+
+
+def test_error_without_a_mistake_has_a_place_on_the_logarithmic_axis(drawn: list[Any], tmp_path: Path) -> None:
+    history = [dict(epoch=1, top1=90.0, train_loss=1.0), dict(epoch=2, top1=100.0, train_loss=0.5)]
+    plots.curves([dict(model=dict(label='x'), history=history)], ['x'], tmp_path / 'c.png', title='')
+    assert drawn[0].axes[0].lines[0].get_ydata().tolist() == [10.0, 0.05]
+
+
+def test_models_differ_in_colour_and_marker_and_many_still_in_one_of_them() -> None:
+    styles = [(s['color'], s['marker']) for s in map(plots.style, range(49))]
+    assert len({c for c, _ in styles[:7]}) == len({m for _, m in styles[:7]}) == 7
+    assert len(set(styles)) == 49
+
+
+@pytest.mark.parametrize('kinds', [['channel'], ['spatial'], ['gate'], ['channel', 'spatial']])
+def test_attention_is_drawn_for_each_kind_of_gate(drawn: list[Any], tmp_path: Path, kinds: list[str]) -> None:
+    shapes = {'channel': (8,), 'spatial': (4, 4), 'gate': (8, 4, 4)}
+    maps = {'layer1.0.se': {k: torch.rand(3, *shapes[k]) for k in kinds}}
+    plots.attention(
+        images=[Image.new('L', (8, 8))] * 3,
+        maps=maps,
+        by_class=maps,
+        targets=[0, 2, 2],
+        classes=['a', 'b', 'c'],
+        path=tmp_path / 'a.png',
+        title='gates',
+    )
+    (figure,) = drawn
+    pictures = sum(len(axis.images) for axis in figure.axes)
+    assert pictures == 3 + 3 * (kinds != ['channel']) + (kinds != ['spatial'])

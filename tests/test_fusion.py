@@ -1,0 +1,350 @@
+"""Fused models against the eager ones: same numbers, same keys, same behaviour, less kept."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models.resnet import BasicBlock
+from torch import Tensor, nn
+
+import timm_attn
+from timm_attn import fusion
+from timm_attn.explain import attention_maps
+from timm_attn.fusion import fuse
+
+SMALL: dict[str, dict[str, Any]] = {
+    'resnet26': {},
+    'se_resnet18': {},
+    'eca_resnet18': {},
+    'srm_resnet18': {},
+    'cbam_resnet18': {},
+    'bam_resnet18': {},
+    'gam_resnet18': {},
+    'triplet_resnet18': {},
+    'csa_resnet18': {},
+    'gsop_resnet50': {'attn_args': {'dim': 16}},
+    'sk_resnet50': {},
+}
+CHANNEL_GATES = ('resnet26', 'se_resnet18', 'eca_resnet18', 'srm_resnet18')
+
+
+def build(name: str, dtype: torch.dtype = torch.float64, **kwargs: Any) -> nn.Module:
+    """A model of one block a stage, whose weights and statistics are nowhere at their start."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=5, layers=(1, 1, 1, 1), **{**SMALL.get(name, {}), **kwargs}).to(dtype)
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
+            assert m.running_mean is not None and m.running_var is not None
+            m.running_mean.normal_(0, 0.1)
+            m.running_var.uniform_(0.5, 2)
+    return model
+
+
+def images(dtype: torch.dtype = torch.float64, n: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(n, 3, 64, 48, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Output, gradients and buffers of a forward and a backward pass."""
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    y = model(x)
+    y.square().sum().backward()
+    assert x.grad is not None
+    grads = {f'grad {n}': p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {'output': y.detach(), 'grad x': x.grad, **grads, **{n: b.clone() for n, b in model.named_buffers()}}
+
+
+def check_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, want in theirs.items():
+        # A bias in front of a BatchNorm has gradient 0, of which both sides give rounding errors: hence the 1.
+        scale = max(want.abs().max().item(), 1.0)
+        gap = (ours[name] - want).abs().max().item()
+        assert gap <= tolerance * scale, f'{name}: {gap:.3g} of {scale:.3g}'
+
+
+@pytest.fixture
+def compiler() -> None:
+    if not fusion._compiler_works('cpu'):
+        pytest.skip('no C++ compiler')
+
+
+@pytest.mark.parametrize('training', [True, False], ids=['train', 'eval'])
+@pytest.mark.parametrize('name', SMALL)
+def test_fused_model_has_the_outputs_gradients_and_statistics_of_the_eager_one(name: str, training: bool) -> None:
+    eager = build(name).train(training)
+    fused = fuse(copy.deepcopy(eager), compile=False)
+    assert isinstance(fused.get_submodule('layer1.0'), fusion._Fused)
+    x = images()
+    for _ in range(2):
+        check_equal(step(fused, x), step(eager, x), 1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', [*CHANNEL_GATES, 'cbam_resnet18', 'sk_resnet50'])
+def test_compiled_model_has_the_outputs_gradients_and_statistics_of_the_eager_one(name: str, compiler: None) -> None:
+    eager = build(name)
+    fused = fuse(copy.deepcopy(eager))
+    x = images()
+    for training in (True, False):
+        check_equal(step(fused.train(training), x), step(eager.train(training), x), 1e-10)
+    with torch.no_grad():
+        check_equal({'output': fused(x)}, {'output': eager(x)}, 1e-10)
+
+
+@pytest.mark.slow
+def test_compiled_model_is_equal_in_float32_and_close_in_bfloat16(compiler: None) -> None:
+    eager = build('se_resnet18', torch.float32).eval()
+    fused = fuse(copy.deepcopy(eager))
+    x = images(torch.float32)
+    exact = eager(x)
+    torch.testing.assert_close(fused(x), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
+    with torch.autocast('cpu', torch.bfloat16):
+        gap = (fused(x) - exact).abs().max()
+        eager_gap = (eager(x) - exact).abs().max()
+    assert gap <= 2 * eager_gap
+
+
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
+@pytest.mark.parametrize('name', ['cbam_resnet18', 'sk_resnet50', 'bam_resnet18'])
+def test_autocast_and_channels_last_give_the_eager_numbers(name: str, layout: torch.memory_format) -> None:
+    eager = build(name, torch.float32).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+    fused = fuse(copy.deepcopy(eager), compile=False)
+    x = images(torch.float32).to(memory_format=layout)
+    with torch.autocast('cpu', torch.bfloat16):
+        ours, theirs = step(fused, x), step(eager, x)
+    # The same operations in the same precision, but for the order of sums.
+    check_equal({'output': ours['output']}, {'output': theirs['output']}, 0.05)
+    close = torch.nn.functional.cosine_similarity(
+        *(torch.cat([v.flatten() for k, v in r.items() if k.startswith('grad')]) for r in (ours, theirs)), dim=0)
+    assert close > 0.99
+
+
+def test_autocast_leaves_no_cast_without_gradient() -> None:
+    eager = build('se_resnet18', torch.float32)
+    fused = fuse(copy.deepcopy(eager), compile=False)
+    x = images(torch.float32)
+    with torch.autocast('cpu', torch.bfloat16):
+        fused(x)
+        # In the same autocast block, the attention's weights are wanted with their gradients.
+        attn = next(iter(timm_attn.attn_sites(fused).values()))
+        attn(torch.randn(2, 64, 4, 4)).float().sum().backward()
+    assert all(p.grad is not None for p in attn.parameters())
+
+
+def test_fusing_keeps_keys_identities_and_types_and_twice_is_once() -> None:
+    model = build('cbam_resnet18')
+    state, parameters, sites = model.state_dict(), list(model.parameters()), timm_attn.attn_sites(model)
+    assert fuse(model, compile=False) is model
+    types = [type(m) for m in model.modules()]
+    assert fuse(model, compile=False) is model
+    assert [type(m) for m in model.modules()] == types
+    assert list(model.state_dict()) == list(state)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert all(a is b for a, b in zip(timm_attn.attn_sites(model).values(), sites.values(), strict=True))
+    assert isinstance(model.get_submodule('layer1.0'), BasicBlock)
+    build('cbam_resnet18').load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize('twin', [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=['deepcopy', 'pickle'])
+def test_copies_of_a_fused_model_have_weights_of_their_own(twin: Callable[[nn.Module], nn.Module]) -> None:
+    fused = fuse(build('bam_resnet18'), compile=False).eval()
+    other = twin(fused)
+    x = images()
+    before = fused(x)
+    assert torch.equal(other(x), before)
+    for p in other.parameters():
+        p.data.zero_()
+    assert torch.equal(fused(x), before)
+    assert not torch.equal(other(x), before)
+
+
+def test_features_of_a_fused_model_are_the_eager_ones() -> None:
+    eager = timm.create_model('se_resnet18', features_only=True, layers=(1, 1, 1, 1)).double().eval()
+    fused = fuse(copy.deepcopy(eager), compile=False)
+    x = images()
+    for a, b in zip(fused(x), eager(x), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_maps_and_hooks_see_what_they_see_in_the_eager_model() -> None:
+    eager = build('cbam_resnet18').eval()
+    fused = fuse(copy.deepcopy(eager), compile=False)
+    x = images()
+    for model in (eager, fused):
+        seen: list[bool] = []
+        handle = model.get_submodule('layer2.0.bn2').register_forward_hook(lambda *_, seen=seen: seen.append(True))
+        model(x)
+        handle.remove()
+        assert seen == [True]
+    ours, theirs = attention_maps(fused, x), attention_maps(eager, x)
+    assert ours.keys() == theirs.keys() and ours
+    for site in ours:
+        check_equal(ours[site], theirs[site], 1e-10)
+
+
+def test_drop_path_draws_the_masks_of_the_eager_model() -> None:
+    eager = build('se_resnet18', drop_path_rate=0.5).train()
+    fused = fuse(copy.deepcopy(eager), compile=False)
+    results = []
+    for model in (fused, eager):
+        torch.manual_seed(3)
+        results.append(step(model, images(n=6)))
+    check_equal(results[0], results[1], 1e-10)
+    torch.manual_seed(4)
+    assert not torch.equal(step(fused, images(n=6))['output'], results[0]['output'])
+
+
+@pytest.mark.parametrize('name', ['se_resnet18', 'sk_resnet50', 'bam_resnet18'])
+def test_frozen_parameters_and_statistics_stay_frozen(name: str) -> None:
+    eager = build(name)
+    for m in eager.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.eval()
+    for n, p in eager.named_parameters():
+        p.requires_grad_('conv' not in n)
+    fused = fuse(copy.deepcopy(eager), compile=False)
+    check_equal(step(fused, images()), step(eager, images()), 1e-10)
+
+
+def test_switching_to_eval_before_backward_changes_nothing() -> None:
+    model = fuse(build('cbam_resnet18'), compile=False).train()
+    want = step(copy.deepcopy(model), images())
+    y = model(images())
+    model.eval()
+    y.square().sum().backward()
+    check_equal(
+        {f'grad {n}': p.grad for n, p in model.named_parameters() if p.grad is not None},
+        {k: v for k, v in want.items() if k.startswith('grad ') and k != 'grad x'}, 1e-10)
+    assert not any(m.training for m in model.modules())
+
+
+def test_changing_a_weight_before_backward_is_an_error_as_in_eager() -> None:
+    model = fuse(build('se_resnet18'), compile=False)
+    y = model(images())
+    with torch.no_grad():
+        model.get_submodule('layer2.0.se.fc1').get_parameter('weight').add_(1)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        y.sum().backward()
+
+
+def test_second_derivatives_are_refused() -> None:
+    x = images().requires_grad_()
+    (g,) = torch.autograd.grad(fuse(build('se_resnet18'), compile=False)(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='once_differentiable'):
+        g.sum().backward()
+
+
+def test_gradient_checkpointing_works() -> None:
+    eager = build('se_resnet18')
+    fused = fuse(copy.deepcopy(eager), compile=False)
+    for model in (eager, fused):
+        model.set_grad_checkpointing()  # pyright: ignore[reportCallIssue]
+    check_equal(step(fused, images()), step(eager, images()), 1e-10)
+
+
+def test_functional_calls_differentiate_what_they_were_given() -> None:
+    model = fuse(build('cbam_resnet18').eval(), compile=False)
+    given = {n: (p.detach() * 1.1).requires_grad_() for n, p in model.named_parameters()}
+    torch.func.functional_call(model, given, (images(),)).square().sum().backward()
+    changed = copy.deepcopy(model)
+    changed.load_state_dict({**model.state_dict(), **{n: p.detach() for n, p in given.items()}})
+    want = step(changed, images())
+    check_equal(
+        {f'grad {n}': p.grad for n, p in given.items() if p.grad is not None},
+        {k: v for k, v in want.items() if k.startswith('grad ') and k != 'grad x'}, 1e-10)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_replaced_parts_take_the_ordinary_way() -> None:
+    eager = build('se_resnet18')
+    eager.get_submodule('layer1.0').bn1 = nn.GroupNorm(4, 64).double()
+    eager.get_submodule('layer2.0').act1 = nn.GELU()
+    fused = fuse(copy.deepcopy(eager), compile=False)
+    check_equal(step(fused, images()), step(eager, images()), 1e-10)
+
+
+def test_export_of_a_fused_model_gives_its_outputs() -> None:
+    fused = fuse(build('se_resnet18', torch.float32).eval(), compile=False)
+    x = images(torch.float32)
+    program = torch.export.export(fused, (x,))
+    torch.testing.assert_close(program.module()(x), fused(x), rtol=1e-5, atol=1e-5)
+
+
+def test_one_value_per_channel_raises_torchs_error() -> None:
+    model = fuse(build('se_resnet18'), compile=False).train()
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        model(torch.randn(1, 3, 32, 32, dtype=torch.float64))
+
+
+@pytest.mark.parametrize('compile', [False, pytest.param(True, marks=pytest.mark.slow)], ids=['eager', 'compiled'])
+@pytest.mark.parametrize('name', ['resnet26d', 'se_resnet50', 'cbam_resnet18', 'bam_resnet18', 'sk_resnet50'])
+def test_freezing_folds_every_norm_between_convolutions_and_keeps_outputs(
+        name: str,
+        compile: bool,
+        request: pytest.FixtureRequest,
+) -> None:
+    if compile:
+        request.getfixturevalue('compiler')
+    eager = build(name)
+    frozen = fuse(copy.deepcopy(eager), freeze=True, compile=compile)
+    assert not frozen.training
+    attentions = timm_attn.attn_sites(frozen).values()
+    inside = {id(m) for a in attentions for m in a.modules()}
+    left = [n for n, m in frozen.named_modules() if isinstance(m, nn.BatchNorm2d) and id(m) not in inside]
+    assert not left
+    with torch.no_grad():
+        want = eager.eval()(images())
+        check_equal({'output': frozen(images())}, {'output': want}, 1e-10)
+        assert fuse(frozen, freeze=True, compile=compile) is frozen
+        check_equal({'output': frozen(images())}, {'output': want}, 1e-10)
+
+
+def test_models_without_known_blocks_stay_as_they_are_with_a_warning() -> None:
+    model = timm.create_model('simple_cnn_se')
+    types = [type(m) for m in model.modules()]
+    with pytest.warns(UserWarning, match='SimpleCNN has no block that timm_attn.fuse knows'):
+        assert fuse(model) is model
+    assert [type(m) for m in model.modules()] == types
+
+
+def test_injected_models_are_fused() -> None:
+    eager = timm_attn.inject(timm.create_model('resnet18', num_classes=5).double(), 'eca')
+    fused = fuse(copy.deepcopy(eager), compile=False)
+    check_equal(step(fused, images()), step(eager, images()), 1e-10)
+    assert type(fused.get_submodule('layer1.0')) is fusion.FusedBasicBlock
+
+
+def test_without_a_compiler_fuse_warns_once_and_computes_all_the_same(tmp_path: Path) -> None:
+    code = """
+        import copy, warnings, timm, torch, timm_attn
+        from timm_attn.fusion import fuse
+        eager = timm.create_model('se_resnet18', num_classes=5, layers=(1, 1, 1, 1)).eval()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter('always')
+            fused = fuse(copy.deepcopy(eager))
+            fuse(copy.deepcopy(eager))
+        seen = [str(w.message) for w in seen if 'cannot compile' in str(w.message)]
+        assert len(seen) == 1 and 'Install a C++ compiler' in seen[0], seen
+        x = torch.randn(2, 3, 32, 32)
+        torch.testing.assert_close(fused(x), eager(x))
+        print('done')
+    """
+    env = {**os.environ, 'CXX': str(tmp_path / 'no-such-compiler'), 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path)}
+    env['PYTHONPATH'] = os.pathsep.join([str(Path(timm_attn.__file__).parents[1]), env.get('PYTHONPATH', '')])
+    done = subprocess.run(
+        [sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0 and 'done' in done.stdout, done.stderr

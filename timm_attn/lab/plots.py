@@ -1,0 +1,219 @@
+"""Pictures of a comparison, in colours that colour-blind readers tell apart, each with a marker of its own."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .._checks import atomic_write, require
+from .tables import Row
+
+# Okabe and Ito, https://jfly.uni-koeln.de/color/; black is first, for the model that others are compared with.
+COLOURS = ('#000000', '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+MARKERS = ('o', 's', '^', 'D', 'v', 'P', 'X')
+
+
+def style(index: int) -> dict[str, Any]:
+    """Colour and marker of the model at this place of the table."""
+    # Each round through the colours shifts the markers by one, so that 49 pairs differ.
+    marker = MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]
+    return dict(color=COLOURS[index % len(COLOURS)], marker=marker)
+
+
+def comparison(table: Sequence[Row], path: str | Path, *, title: str, clock: str) -> None:
+    """Draws the paired differences, and accuracy against parameters and against time.
+
+    Args:
+        table: Rows; the first is what others are compared with.
+        path: PNG to write.
+        title: Above the panels.
+        clock: 'cpu' or 'wall', said at the axis of time.
+    """
+    plt = _pyplot()
+    figure = plt.figure(figsize=(13, 4.6), layout='constrained')
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1.15, 1, 1))
+    figure.suptitle(title, fontsize=13)
+    _differences(left, table)
+    for axis, key, label in (
+        (middle, 'parameters', 'parameters'),
+        (right, 'seconds', f'{clock} seconds per training epoch'),
+    ):
+        for i, row in enumerate(table):
+            low, high = _interval(row)
+            axis.errorbar(
+                getattr(row, key),
+                row.top1.mean,
+                yerr=[[row.top1.mean - low], [high - row.top1.mean]],
+                capsize=3,
+                markersize=8,
+                linestyle='none',
+                label=row.label,
+                **style(i),
+            )
+        axis.set_xlabel(label)
+        axis.set_ylabel('top-1 accuracy, %')
+        values = [getattr(row, key) for row in table]
+        if max(values) > 8 * min(values):
+            axis.set_xscale('log')
+        elif key == 'parameters':
+            axis.xaxis.set_major_formatter(require('matplotlib.ticker', 'lab').EngFormatter())
+            axis.xaxis.set_major_locator(plt.MaxNLocator(5))
+        axis.margins(x=0.12, y=0.12)
+        axis.grid(alpha=0.25)
+    right.sharey(middle)
+    _legend(figure, middle)
+    _save(figure, path)
+
+
+def curves(runs: Sequence[dict[str, Any]], labels: Sequence[str], path: str | Path, *, title: str) -> None:
+    """Draws held-out error and training loss by epoch: the mean over seeds, and the range from lowest to highest.
+
+    Args:
+        runs: Records as `train.run` returns them.
+        labels: The models, in the order of the table.
+        path: PNG to write.
+        title: Above the panels.
+    """
+    plt = _pyplot()
+    ticker = require('matplotlib.ticker', 'lab')
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout='constrained')
+    figure.suptitle(title, fontsize=13)
+    numbers: tuple[tuple[str, Callable[[dict[str, float]], float]], ...] = (
+        ('top-1 error on held-out images, %', lambda h: max(100 - h['top1'], 0.05)),  # A logarithm has no zero.
+        ('training loss', lambda h: h['train_loss']),
+    )
+    for axis, (label, number) in zip(axes, numbers, strict=True):
+        for i, name in enumerate(labels):
+            histories = [[number(h) for h in r['history']] for r in runs if r['model']['label'] == name]
+            if not histories:
+                continue
+            values = np.asarray(histories)  # (seeds, epochs)
+            epochs = np.arange(1, values.shape[1] + 1)
+            axis.plot(epochs, values.mean(0), label=name, markersize=4.5, linewidth=1.6, **style(i))
+            if len(values) > 1:
+                colour = style(i)['color']
+                axis.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0)
+        axis.set_xlabel('epoch')
+        axis.set_ylabel(label)
+        axis.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+        axis.set_yscale('log')
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter('{x:g}')
+        axis.yaxis.set_minor_locator(ticker.NullLocator())
+        axis.grid(alpha=0.25)
+    _legend(figure, axes[0])
+    _save(figure, path)
+
+
+def attention(
+        images: Sequence[Any],
+        maps: Mapping[str, Mapping[str, Tensor]],
+        by_class: Mapping[str, Mapping[str, Tensor]],
+        targets: Sequence[int],
+        classes: Sequence[str],
+        path: str | Path,
+        *,
+        title: str,
+) -> None:
+    """Draws where a model looks on some images, and which channels it opens for which class.
+
+    Args:
+        images: Pictures, one per column.
+        maps: Gates of these images by site, as `explain.attention_maps` gives them.
+        by_class: Gates of more images, of which the mean by class is drawn.
+        targets: Class of each of those.
+        classes: Names of the classes.
+        path: PNG to write.
+        title: Above the panels.
+    """
+    plt = _pyplot()
+    # Per site one map per image: a gate of each pixel and channel is shown by its mean over channels.
+    spatial = {
+        site: (g if g.ndim == 3 else g.mean(1))
+        for site, gates in maps.items()
+        for kind, g in gates.items()
+        if kind in ('spatial', 'gate')
+    }
+    channel = {
+        site: (g if g.ndim == 2 else g.mean((2, 3)))
+        for site, gates in by_class.items()
+        for kind, g in gates.items()
+        if kind in ('channel', 'gate')
+    }
+    rows = 1 + len(spatial)
+    height = 1.15 * rows + 0.6 + (3.0 if channel else 0)
+    figure = plt.figure(figsize=(1.15 * len(images) + 1.2, height), layout='constrained')
+    figure.suptitle(title, fontsize=13)
+    parts = figure.subfigures(2, 1, height_ratios=(1.15 * rows + 0.3, 3.0)) if channel else [figure]
+    grid = parts[0].subplots(rows, len(images), squeeze=False)
+    for column, image in enumerate(images):
+        grid[0][column].imshow(image)
+    grid[0][0].set_ylabel('image', rotation=0, ha='right', va='center')
+    for line, (site, gates) in enumerate(spatial.items(), start=1):
+        low, high = float(gates.min()), max(float(gates.max()), float(gates.min()) + 1e-6)
+        for column in range(len(images)):
+            shown = grid[line][column].imshow(gates[column].numpy(), cmap='cividis', vmin=low, vmax=high)
+        bar = parts[0].colorbar(shown, ax=list(grid[line]), fraction=0.02, pad=0.01)
+        bar.ax.tick_params(labelsize=7)
+        tall, wide = gates.shape[1:]
+        grid[line][0].set_ylabel(f'{site}\n{tall}x{wide}', rotation=0, ha='right', va='center', fontsize=8)
+    for axis in grid.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    if channel:
+        groups = sorted(set(targets))
+        labels = np.asarray(targets)
+        by_site = {k: np.stack([g.numpy()[labels == c].mean(0) for c in groups]) for k, g in channel.items()}
+        # One site has room: the one whose gates differ most between classes.
+        site, means = max(by_site.items(), key=lambda item: item[1].var(0).mean())  # (classes, C)
+        axis = parts[1].subplots()
+        order = np.argsort(-means.var(0), kind='stable')  # Channels that differ most between classes come first.
+        shown = axis.imshow(means[:, order], aspect='auto', cmap='cividis', interpolation='nearest')
+        axis.set_yticks(range(len(groups)), [classes[c] for c in groups], fontsize=8)
+        axis.set_ylabel('class')
+        axis.set_xlabel(f'channels of {site}, whose gates tell classes apart most; the most telling first')
+        parts[1].colorbar(shown, ax=axis, fraction=0.02, pad=0.01, label='mean gate')
+    _save(figure, path)
+
+
+def _differences(axis: Any, table: Sequence[Row]) -> None:
+    others = [(i, row) for i, row in enumerate(table) if row.difference is not None]
+    axis.axvline(0, color='0.4', linewidth=1)
+    for place, (i, row) in enumerate(others):
+        d = row.difference
+        if d is None:
+            continue
+        axis.scatter(d.values, [place] * len(d.values), s=16, color=style(i)['color'], alpha=0.35, linewidths=0)
+        low, high = (d.mean, d.mean) if math.isnan(d.low) else (d.low, d.high)
+        error = [[d.mean - low], [high - d.mean]]
+        axis.errorbar(d.mean, place, xerr=error, capsize=4, markersize=8, linewidth=1.8, **style(i))
+    axis.set_yticks(range(len(others)), [row.label for _, row in others])
+    axis.set_ylim(max(len(others), 1) - 0.5, -0.5)
+    reference = table[0].label if table else ''
+    axis.set_xlabel(f'top-1 difference to {reference}, points\n(each seed; mean with 95 % interval)')
+    axis.grid(alpha=0.25, axis='x')
+
+
+def _legend(figure: Any, axis: Any) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    # About as many letters as fit below a figure of eleven inches, with five for marker and gap of each entry.
+    columns = max(1, min(len(labels), 110 // (max(map(len, labels)) + 5)))
+    figure.legend(handles, labels, loc='outside lower center', ncols=columns, frameon=False)
+
+
+def _interval(row: Row) -> tuple[float, float]:
+    return (row.top1.mean, row.top1.mean) if math.isnan(row.top1.low) else (row.top1.low, row.top1.high)
+
+
+def _pyplot() -> Any:
+    require('matplotlib', 'lab').use('Agg')  # Nothing is shown, so no display is needed.
+    return require('matplotlib.pyplot', 'lab')
+
+
+def _save(figure: Any, path: str | Path) -> None:
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format='png', dpi=130)
+    _pyplot().close(figure)
