@@ -1,8 +1,7 @@
 """Attention ResNets for timm. Importing this package makes `timm.create_model` know them."""
 
-from importlib.metadata import PackageNotFoundError, version
-
 from . import models as models
+from ._client import package_version
 from ._folder import save as save
 from .explain import attention_health as attention_health
 from .explain import attention_maps as attention_maps
@@ -17,7 +16,4 @@ from .layers import list_attn as list_attn
 from .layers import register_attn as register_attn
 from .weights import convert as convert
 
-try:
-    __version__ = version('timm_attn')
-except PackageNotFoundError:  # run from a checkout that is not installed
-    __version__ = '0.1.0'
+__version__ = package_version()

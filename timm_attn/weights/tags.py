@@ -12,8 +12,8 @@ _PCV = 'https://github.com/osmr/imgclsmob/releases/download'
 _PCV_HOME = 'https://github.com/osmr/pytorchcv'
 _TIMM_HOME = 'https://github.com/huggingface/pytorch-image-models'
 _TIMM_RESULTS = 'timm results-imagenet.csv'
-_PREPROCESSING = ('input_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std', 'test_input_size',
-                  'test_crop_pct')
+_PREPROCESSING = ('input_size', 'pool_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std',
+                  'test_input_size', 'test_crop_pct')
 # PIL resize 256, crop 224: the protocol of pytorchcv's table and of the authors' own repositories.
 RESIZE_256: Mapping[str, Any] = MappingProxyType(dict(
     input_size=(3, 224, 224),
