@@ -12,8 +12,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard
 
 import timm_attn
-from timm_attn._folder import save
-from timm_attn.card import card_of_folder, check_card, count, merge_card, normalise_evaluation, render_card, split_card
+from timm_attn._folder import card_of_folder, save
+from timm_attn.card import check_card, count, merge_card, normalise_evaluation, render_card, split_card
 from timm_attn.hub import HubFileError
 from timm_attn.publish import card_of_tag
 from timm_attn.weights import TAGS

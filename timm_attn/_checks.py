@@ -1,5 +1,6 @@
 """Small guards that several parts share: optional packages, atomic files, finite weights."""
 
+import hashlib
 import importlib
 import os
 import shutil
@@ -43,6 +44,30 @@ def check_finite(state_dict: Mapping[str, Tensor]) -> None:
     bad = [k for k, v in state_dict.items() if v.is_floating_point() and not torch.isfinite(v).all()]
     if bad:
         raise ValueError(f'{len(bad)} tensors hold NaN or infinite values, so the file is no usable model: {bad}')
+
+
+def file_hash(path: str | Path, algorithm: str) -> str:
+    """The hash of a file, as hexadecimal digits.
+
+    Args:
+        path: The file.
+        algorithm: 'sha256' or 'sha1', as hashlib names them.
+    """
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    with open(path, 'rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def git_sha1(path: str | Path) -> str:
+    """The id that git, and so the Hub, gives a file that is not in LFS.
+
+    Args:
+        path: The file.
+    """
+    data = Path(path).read_bytes()
+    return hashlib.sha1(b'blob %d\0' % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 @contextmanager

@@ -11,9 +11,8 @@ from huggingface_hub import HfApi, constants, errors
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile
 
-from ._checks import atomic_write
+from ._checks import atomic_write, file_hash, git_sha1
 from ._client import HubError, HubFileError, explained
-from ._folder import file_sha256, git_sha1
 
 _logger = logging.getLogger(__name__)
 _COMMIT = re.compile(r'[0-9a-f]{40}')
@@ -65,7 +64,7 @@ def checksum(path: Path, like: str) -> str:
         path: The file.
         like: A sha256 or git blob id.
     """
-    return file_sha256(path) if len(like) == 64 else git_sha1(path)
+    return file_hash(path, 'sha256') if len(like) == 64 else git_sha1(path)
 
 
 def remote_files(api: HfApi, repo_id: str, commit: str, names: Sequence[str]) -> dict[str, RemoteFile]:

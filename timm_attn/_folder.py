@@ -1,6 +1,5 @@
 """A model as a folder that timm, the Hub and people can read: model.safetensors, config.json, README.md."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -33,6 +32,7 @@ from ._schema import (
     parse_config,
     read_header,
 )
+from .card import add_evaluation, check_card, normalise_evaluation, render_card
 
 STATUSES = ('trained', 'converted', 'warm start', 'random')
 # What a folder may hold besides the three files and is pushed with them: pictures that a card shows, and the recipe.
@@ -227,8 +227,6 @@ def save(
             was written.
         HubFileError: The weights hold NaN, or do not fit what the config builds.
     """
-    from .card import normalise_evaluation, render_card
-
     folder = Path(directory)
     names = [WEIGHTS, CONFIG, *([CARD] if card else [])]
     if folder.exists() and not folder.is_dir():
@@ -320,29 +318,6 @@ def _bounded(path: Path) -> bytes:
         return file.read((1 << 20) + 1)
 
 
-def file_sha256(path: str | os.PathLike[str]) -> str:
-    """The sha256 of a file, as hexadecimal digits.
-
-    Args:
-        path: The file.
-    """
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def git_sha1(path: str | os.PathLike[str]) -> str:
-    """The id that git, and so the Hub, gives a file that is not in LFS.
-
-    Args:
-        path: The file.
-    """
-    data = Path(path).read_bytes()
-    return hashlib.sha1(b'blob %d\0' % len(data) + data, usedforsecurity=False).hexdigest()
-
-
 def copy_files(files: Mapping[str, Path], directory: str | os.PathLike[str], overwrite: bool = False) -> Path:
     """Copies checked files into a folder, each under a temporary name first.
 
@@ -364,3 +339,29 @@ def copy_files(files: Mapping[str, Path], directory: str | os.PathLike[str], ove
     return folder
 
 
+def card_of_folder(
+        directory: str | os.PathLike[str], *, source: str | None = None, eval_results: Any = None, write: bool = True
+) -> str:
+    """Renders the card of a model folder again, keeping what somebody wrote outside the marked sections.
+
+    Args:
+        directory: A folder that `save` wrote.
+        source: What the snippets load; None is the folder itself.
+        eval_results: New evaluation records, which go into config.json too.
+        write: Write README.md; False only returns it.
+
+    Raises:
+        HubFileError: The folder is no model folder.
+    """
+    config, files = read_folder(directory)
+    raw = add_evaluation(config.raw, eval_results)
+    old = files[CARD].read_text(encoding='utf-8') if CARD in files else None
+    text = render_card(raw, weights=files[WEIGHTS], source=source, old=old)
+    check_card(text)
+    if write:
+        if raw != config.raw:
+            with atomic_write(Path(directory) / CONFIG) as path:
+                path.write_bytes(encode_config(raw))
+        with atomic_write(Path(directory) / CARD) as path:
+            path.write_text(text, encoding='utf-8')
+    return text

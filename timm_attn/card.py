@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from ._checks import file_hash
 from ._client import HubFileError
-from ._schema import CARD, CONFIG, WEIGHTS, Config, build_meta, check_config, encode_config, parse_config
+from ._schema import CARD, WEIGHTS, Config, build_meta, check_config, encode_config, parse_config
 from .layers._registry import get_attn
 
 _TEMPLATE = Path(__file__).with_name('card.md')
@@ -396,9 +397,8 @@ def _limits(config: Config, facts: Mapping[str, Any]) -> str:
 def _files(config: Config, weights: Path | None) -> str:
     if weights is None:
         return ''
-    from ._folder import file_sha256
-
-    found: dict[str, Any] = {f'`{WEIGHTS}`': f'{weights.stat().st_size} bytes, sha256 `{file_sha256(weights)}`'}
+    sha256 = file_hash(weights, 'sha256')
+    found: dict[str, Any] = {f'`{WEIGHTS}`': f'{weights.stat().st_size} bytes, sha256 `{sha256}`'}
     if versions := config.about.get('versions'):
         found['Written with'] = versions
     lines = _listing(found)
@@ -592,34 +592,3 @@ def check_card(text: str) -> None:
     for key in ('library_name', 'pipeline_tag'):
         if key in data and not isinstance(data[key], str):
             raise HubFileError(f'{CARD}: {key} (={data[key]!r}) must be a text.')
-
-
-def card_of_folder(
-        directory: str | os.PathLike[str], *, source: str | None = None, eval_results: Any = None, write: bool = True
-) -> str:
-    """Renders the card of a model folder again, keeping what somebody wrote outside the marked sections.
-
-    Args:
-        directory: A folder that `save` wrote.
-        source: What the snippets load; None is the folder itself.
-        eval_results: New evaluation records, which go into config.json too.
-        write: Write README.md; False only returns it.
-
-    Raises:
-        HubFileError: The folder is no model folder.
-    """
-    from ._checks import atomic_write
-    from ._folder import read_folder
-
-    config, files = read_folder(directory)
-    raw = add_evaluation(config.raw, eval_results)
-    old = files[CARD].read_text(encoding='utf-8') if CARD in files else None
-    text = render_card(raw, weights=files[WEIGHTS], source=source, old=old)
-    check_card(text)
-    if write:
-        if raw != config.raw:
-            with atomic_write(Path(directory) / CONFIG) as path:
-                path.write_bytes(encode_config(raw))
-        with atomic_write(Path(directory) / CARD) as path:
-            path.write_text(text, encoding='utf-8')
-    return text

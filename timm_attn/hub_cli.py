@@ -29,7 +29,7 @@ def run_card(args: argparse.Namespace) -> None:
 
         print(*write_tag_cards(args.directory), sep='\n')
         return
-    from .card import card_of_folder
+    from ._folder import card_of_folder
 
     text = card_of_folder(args.directory, source=args.source, eval_results=_records(args.eval), write=not args.stdout)
     if args.stdout:

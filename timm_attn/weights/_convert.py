@@ -322,8 +322,6 @@ def convert(
     """
     import timm
 
-    from .. import models as models  # registers them
-
     unasked = [a for a in _BUILDING if a in model_args]
     if unasked:
         raise ValueError(f'convert builds no weights: leave out {", ".join(unasked)}.')

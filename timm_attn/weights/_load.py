@@ -1,6 +1,5 @@
 """What timm calls between reading a checkpoint and loading it into one of our models."""
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -8,23 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._checks import file_hash
 from ._convert import check_fit, convert_for, detect, target_of, unwrap
 from ._source import Target
 from .pytorchcv import KNOWN_SHA1
 from .tags import Tag, find_tag
-
-
-def file_sha1(path: str | os.PathLike[str]) -> str:
-    """The sha1 of a file, as hexadecimal digits.
-
-    Args:
-        path: The file.
-    """
-    digest = hashlib.sha1(usedforsecurity=False)
-    with open(path, 'rb') as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _check_download(tag: Tag, cfg: dict[str, Any], cache_dir: str | os.PathLike[str] | None) -> None:
@@ -37,7 +24,7 @@ def _check_download(tag: Tag, cfg: dict[str, Any], cache_dir: str | os.PathLike[
         return
     folder = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / 'checkpoints'
     path = folder / Path(tag.url).name.removesuffix('.zip')
-    if path.is_file() and (got := file_sha1(path)) != tag.sha:
+    if path.is_file() and (got := file_hash(path, 'sha1')) != tag.sha:
         raise ValueError(
             f"'{path}' has sha1 {got}, and {tag.url} is known to hold {tag.sha}: delete it and the .zip beside it, and "
             'load again.')
@@ -92,7 +79,7 @@ def checkpoint_filter_fn(
     if tag is not None and '/' in tag.source and found.name == 'pytorchcv' and attn == target.attn:
         # The tag says which of two nets with equal keys it holds, unless a file's checksum knows better.
         file = cfg.get('file')
-        net = KNOWN_SHA1.get(file_sha1(file)) if file and Path(file).is_file() else None
+        net = KNOWN_SHA1.get(file_hash(file, 'sha1')) if file and Path(file).is_file() else None
         source = f'pytorchcv/{net}' if net else tag.source
     renamed = {found.rename(k): v for k, v in plain.items()}
     return convert_for(plain, model, source, free=_free(model, cfg, target, renamed))
