@@ -76,9 +76,10 @@ def assert_unchanged(model: nn.Module, got: Tensor, want: Tensor) -> None:
 
 
 def feels(model: nn.Module, x: Tensor, before: Tensor) -> list[str]:
-    """Sites whose attention does not reach the output: a changed gain there must change it."""
+    """Sites, of five spread over the model, that do not reach the output: a changed gain there must change it."""
     deaf = []
-    for site, attn in attn_sites(model).items():
+    sites = list(attn_sites(model).items())
+    for site, attn in sites[::max(1, len(sites) // 4)]:
         gain, attn.gain = attn.gain, attn.gain * 1.5
         if torch.equal(model(x), before):
             deaf.append(site)
