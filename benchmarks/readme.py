@@ -37,12 +37,29 @@ def bytes_table() -> str:
     return markdown_table(('model', 'eager', 'fused'), [(n, cell(n), cell(f'{n} fused')) for n in names])
 
 
+def times_table() -> str:
+    """Time beside the plain model's, in float32: eager, fused, frozen, and the fastest of the peers in the same run."""
+    lines = []
+    for cell in json.loads((RESULTS / 'speed.json').read_text()):
+        if cell['dtype'] != 'float32':
+            continue
+        name = f'{cell["attn"]}_resnet50'
+        ratios = {r['model']: r['ratio'] for r in cell['rows']}
+        peers = {k: v for k, v in ratios.items() if not k.startswith(('plain', name))}
+        best = min(peers, key=peers.__getitem__) if peers else None
+        ours = [f'{ratios[k]:.2f}' if k in ratios else '-' for k in (name, f'{name} fused', f'{name} frozen')]
+        peer = f'{peers[best]:.2f} ({best.removeprefix(cell["attn"]).strip()})' if best else '-'
+        lines.append((cell['attn'], cell['mode'], *ours, peer))
+    return markdown_table(('attention', 'mode', 'eager', 'fused', 'frozen', 'fastest peer'), lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     'attentions': attentions_table,
     'models': models_table,
     'weights': weights_table,
     'parity': parity_table,
     'bytes': bytes_table,
+    'times': times_table,
 }
 
 

@@ -54,7 +54,7 @@ def markdown(cells: list[dict[str, Any]]) -> str:
         '# Time beside plain ResNet-50', '',
         f'{first["device"]}, {first["threads"]} thread(s), torch {first["torch"]}, timm {first["timm"]}, '
         f'{first["capability"]}. Medians of {cells[0]["rounds"]} interleaved rounds [quartiles], as ratios to plain '
-        'eager timm resnet50 in the same round.', '',
+        'eager timm resnet50 in the same round. Made by `python benchmarks/throughput.py`.', '',
         '| attention | mode | type | batch, size | ratios | |', '|---|---|---|---|---|---|']
     for cell in cells:
         rows = {kind(r['model'], cell['attn']): r for r in cell['rows']}
