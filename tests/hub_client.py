@@ -228,6 +228,16 @@ def client_environment(hub: HubServer, home: Path, token: str | None, patient: b
     return env
 
 
+class Clock:
+    """Notes the pauses that our own client takes between attempts, in place of taking them."""
+
+    def __init__(self) -> None:
+        self.pauses: list[float] = []
+
+    def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+
+
 class StartClient(Protocol):
     def __call__(
         self,

@@ -28,17 +28,14 @@ Types for annotations: `from hub_client import Client, RunClient, StartClient` a
 Races are made with `fault(..., call=function)`, `fault(..., stall=True)` and `wait_for(...)`, never by sleeping.
 """
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from hub_client import (
     TOKENS,
     Client,
+    Clock,
     RunClient,
     StartClient,
     client_environment,
@@ -49,16 +46,7 @@ from hub_client import (
 )
 from hub_server import HubServer
 
-# huggingface_hub 2.4 uploads LFS files with httpx2's `data=`, which httpx2 2.16 deprecates.
-_CLIENT_WARNINGS = ("ignore:Use 'content=:DeprecationWarning",)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    for item in items:
-        if here in item.path.parents:
-            for warning in _CLIENT_WARNINGS:
-                item.add_marker(pytest.mark.filterwarnings(warning))
+from timm_attn import _client
 
 
 @pytest.fixture
@@ -102,3 +90,12 @@ def start_client(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Sta
 def run_client(start_client: StartClient) -> RunClient:
     """Run a client in a process of its own to its end."""
     return run_with(start_client)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """Our own client with a few quick attempts, and the pauses it would take."""
+    clock = Clock()
+    monkeypatch.setattr(_client, 'SETTINGS', _client.Settings(timeout=10, tries=3, attempts=3))
+    monkeypatch.setattr(_client, 'time', clock)
+    return clock

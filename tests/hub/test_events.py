@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 from hub_attacks import EVENTS
+from hub_client import Clock
 from torch import nn
 
 from timm_attn import _client
@@ -22,13 +23,6 @@ from timm_attn._folder import save
 from timm_attn.hub import HubError, HubFileError, load_from_hub, push_to_hub
 
 TOKEN = 'hf_me_write'
-
-
-class Clock:
-    """Takes no pauses between attempts."""
-
-    def sleep(self, seconds: float) -> None:
-        pass
 
 
 @pytest.fixture(autouse=True)

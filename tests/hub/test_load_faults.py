@@ -7,29 +7,12 @@ from typing import Any
 import pytest
 import timm
 import torch
+from hub_client import Clock
 from hub_tables import LOAD_FAULTS, Row
 
 from timm_attn import _client
 from timm_attn._folder import save
 from timm_attn.hub import HubError, load_from_hub
-
-
-class Clock:
-    """Notes the pauses between attempts in place of taking them."""
-
-    def __init__(self) -> None:
-        self.pauses: list[float] = []
-
-    def sleep(self, seconds: float) -> None:
-        self.pauses.append(seconds)
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(_client, 'SETTINGS', _client.Settings(timeout=10, tries=3, attempts=3))
-    monkeypatch.setattr(_client, 'time', clock)
-    return clock
 
 
 @pytest.fixture(scope='module')

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from hub_client import Clock
 from safetensors.torch import save_file
 
 import timm_attn  # noqa: F401
@@ -16,13 +17,6 @@ from timm_attn.publish import Published, table
 from timm_attn.weights import TAGS
 
 TAG = 'se_resnet50.a3_in1k'
-
-
-class Clock:
-    """Takes no pauses between attempts."""
-
-    def sleep(self, seconds: float) -> None:
-        pass
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from hub_client import Clock
 from hub_tables import PUSH_FAULTS, Row
 
 import timm_attn  # noqa: F401
@@ -30,24 +31,6 @@ def old_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope='module')
 def new_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp('new') / 'model', 1)
-
-
-class Clock:
-    """Notes the pauses between attempts in place of taking them."""
-
-    def __init__(self) -> None:
-        self.pauses: list[float] = []
-
-    def sleep(self, seconds: float) -> None:
-        self.pauses.append(seconds)
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(_client, 'SETTINGS', _client.Settings(timeout=10, tries=3, attempts=3))
-    monkeypatch.setattr(_client, 'time', clock)
-    return clock
 
 
 def seed_repo(hub: Any, folder: Path) -> dict[str, bytes]:
