@@ -17,9 +17,10 @@ from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
 import timm_attn
-from timm_attn import fusion
 from timm_attn.explain import attention_maps
+from timm_attn.fusion import _blocks as blocks
 from timm_attn.fusion import fuse
+from timm_attn.fusion._compile import compiler_works
 
 SMALL: dict[str, dict[str, Any]] = {
     'resnet26': {},
@@ -78,7 +79,7 @@ def check_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: f
 
 @pytest.fixture
 def compiler() -> None:
-    if not fusion._compiler_works('cpu'):
+    if not compiler_works('cpu'):
         pytest.skip('no C++ compiler')
 
 
@@ -86,7 +87,7 @@ def compiler() -> None:
 def test_fused_model_has_the_outputs_gradients_and_statistics_of_the_eager_one(name: str) -> None:
     eager = build(name).train()
     fused = fuse(copy.deepcopy(eager), compile=False)
-    assert isinstance(fused.get_submodule('layer1.0'), fusion._Fused)
+    assert isinstance(fused.get_submodule('layer1.0'), blocks.Fused)
     x = images()
     for training in (True, False):
         check_equal(step(fused.train(training), x), step(eager.train(training), x), 1e-10)
@@ -119,17 +120,21 @@ def test_compiled_model_is_equal_in_float32_and_close_in_bfloat16(compiler: None
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=['nchw', 'nhwc'])
 @pytest.mark.parametrize('name', ['cbam_resnet18', 'sk_resnet50', 'bam_resnet18'])
-def test_autocast_and_channels_last_give_the_eager_numbers(name: str, layout: torch.memory_format) -> None:
+def test_autocast_and_channels_last_are_as_exact_as_eager(name: str, layout: torch.memory_format) -> None:
     eager = build(name, torch.float32).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     fused = fuse(copy.deepcopy(eager), compile=False)
     x = images(torch.float32).to(memory_format=layout)
+    exact = step(copy.deepcopy(eager), x)
     with torch.autocast('cpu', torch.bfloat16):
         ours, theirs = step(fused, x), step(eager, x)
-    # The same operations in the same precision, but for the order of sums.
-    check_equal({'output': ours['output']}, {'output': theirs['output']}, 0.05)
-    close = torch.nn.functional.cosine_similarity(
-        *(torch.cat([v.flatten() for k, v in r.items() if k.startswith('grad')]) for r in (ours, theirs)), dim=0)
-    assert close > 0.99
+
+    def gap(result: dict[str, Tensor], kind: str) -> float:
+        a, b = (torch.cat([v.flatten() for k, v in r.items() if k.startswith(kind)]) for r in (result, exact))
+        return ((a - b).norm() / b.norm()).item()
+
+    # Both round to bfloat16, though not at the same places: ours is no further from float32.
+    for kind in ('output', 'grad'):
+        assert 0 < gap(ours, kind) < 1.2 * gap(theirs, kind)
 
 
 def test_autocast_leaves_no_cast_without_gradient() -> None:
@@ -324,7 +329,7 @@ def test_injected_models_are_fused() -> None:
     eager = timm_attn.inject(timm.create_model('resnet18', num_classes=5).double(), 'eca')
     fused = fuse(copy.deepcopy(eager), compile=False)
     check_equal(step(fused, images()), step(eager, images()), 1e-10)
-    assert type(fused.get_submodule('layer1.0')) is fusion.FusedBasicBlock
+    assert type(fused.get_submodule('layer1.0')) is blocks.FusedBasicBlock
 
 
 def test_without_a_compiler_fuse_warns_once_and_computes_all_the_same(tmp_path: Path) -> None:

@@ -18,9 +18,12 @@ class Attention(nn.Module):
         neutral_gate: The constant that the neutral state multiplies by.
         no_weight_decay: Parameters that the released code trains without weight decay and that timm, which exempts
             all 1-D parameters, would decay.
+        statistics: What the method `gate_of` takes of each plane, (N, C) each: 'mean', 'var' (unbiased, 0 for one
+            pixel), 'peak' (the maximum). With it, fused blocks need not read the map for the gate of channels.
     """
 
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
+    statistics: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, neutral_gate: float) -> None:
         super().__init__()

@@ -42,6 +42,7 @@ class CBAM(Attention):
     """
 
     __constants__ = ('channel', 'spatial')
+    statistics = ('mean', 'peak')
 
     def __init__(
             self,
@@ -84,14 +85,19 @@ class CBAM(Attention):
             nn.init.zeros_(self.bn.weight)
             nn.init.zeros_(self.bn.bias)
 
-    def channel_gate(self, x: Tensor) -> Tensor:
-        avg, peak = x.mean((2, 3)), x.amax((2, 3))  # (N, C) both
-        z = self.fc2(self.fc1(avg).relu()) + self.fc2(self.fc1(peak).relu())
+    def gate_of(self, mean: Tensor, peak: Tensor) -> Tensor:  # (N, C) both
+        z = self.fc2(self.fc1(torch.stack([mean, peak])).relu()).sum(0)  # one pass through the MLP for both
         return z.sigmoid()[:, :, None, None]  # (N, C, 1, 1)
+
+    def channel_gate(self, x: Tensor) -> Tensor:
+        return self.gate_of(x.mean((2, 3)), x.amax((2, 3)))  # (N, C, 1, 1)
+
+    def gate_of_pixels(self, pooled: Tensor) -> Tensor:  # (N, 2, H, W)
+        return self.bn(self.conv(pooled)).sigmoid()  # (N, 1, H, W)
 
     def spatial_gate(self, x: Tensor) -> Tensor:
         pooled = torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], dim=1)  # (N, 2, H, W)
-        return self.bn(self.conv(pooled)).sigmoid()  # (N, 1, H, W)
+        return self.gate_of_pixels(pooled)  # (N, 1, H, W)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.spatial:

@@ -38,6 +38,8 @@ class ECA(Attention):
         ValueError: `kernel_size` is even.
     """
 
+    statistics = ('mean',)
+
     def __init__(
             self,
             channels: int,
@@ -58,9 +60,12 @@ class ECA(Attention):
     def init_neutral(self) -> None:
         nn.init.zeros_(self.conv.weight)
 
+    def gate_of(self, mean: Tensor) -> Tensor:  # (N, C)
+        z = self.conv(mean.unsqueeze(1))  # (N, 1, C)
+        return z.sigmoid().squeeze(1)[:, :, None, None]  # (N, C, 1, 1)
+
     def channel_gate(self, x: Tensor) -> Tensor:
-        z = x.mean((2, 3)).unsqueeze(1)  # (N, 1, C)
-        return self.conv(z).sigmoid().squeeze(1)[:, :, None, None]  # (N, C, 1, 1)
+        return self.gate_of(x.mean((2, 3)))  # (N, C, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (self.channel_gate(x) * self.gain)

@@ -37,6 +37,8 @@ class SqueezeExcite(Attention):
         ValueError: `rd_ratio` leaves no hidden channel.
     """
 
+    statistics = ('mean',)
+
     def __init__(
             self,
             channels: int,
@@ -60,9 +62,11 @@ class SqueezeExcite(Attention):
         if self.fc2.bias is not None:
             nn.init.zeros_(self.fc2.bias)
 
+    def gate_of(self, mean: Tensor) -> Tensor:  # (N, C)
+        return self.fc2(self.fc1(mean[:, :, None, None]).relu()).sigmoid()  # (N, C, 1, 1)
+
     def channel_gate(self, x: Tensor) -> Tensor:
-        z = x.mean((2, 3))[:, :, None, None]  # (N, C, 1, 1)
-        return self.fc2(self.fc1(z).relu()).sigmoid()  # (N, C, 1, 1)
+        return self.gate_of(x.mean((2, 3)))  # (N, C, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (self.channel_gate(x) * self.gain)

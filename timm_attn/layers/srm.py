@@ -38,6 +38,7 @@ class SRM(Attention):
     """
 
     no_weight_decay = ('cfc',)
+    statistics = ('mean', 'var')
 
     def __init__(
             self,
@@ -56,13 +57,19 @@ class SRM(Attention):
         nn.init.zeros_(self.cfc)
         nn.init.zeros_(self.bn.bias)
 
+    def gate_of(self, mean: Tensor, var: Tensor) -> Tensor:  # (N, C) both
+        z = mean * self.cfc[:, 0] + (var + 1e-5).sqrt() * self.cfc[:, 1]  # (N, C)
+        return self.bn(z[:, :, None, None].to(self.cfc.dtype)).sigmoid()  # (N, C, 1, 1)
+
     def channel_gate(self, x: Tensor) -> Tensor:
         m = x.shape[2] * x.shape[3]
-        var, mean = torch.var_mean(upcast(x), dim=(2, 3), correction=0)  # (N, C) both
+        u = upcast(x)
+        mean = u.mean((2, 3), keepdim=True)  # (N, C, 1, 1)
+        # The squared distance to the mean: torch.var is several times slower on CPU, and keeps as much for backward.
+        # The operator itself, since mse_loss() compares sizes, which torch.jit.trace cannot follow.
+        var = torch.ops.aten.mse_loss(u, mean.expand_as(u), 0).mean((2, 3))  # (N, C)
         # Unbiased: m / (m - 1). One element has no spread, and 1 // m keeps the divisor from being 0.
-        std = (var * (m / (m - 1 + 1 // m)) + 1e-5).sqrt()
-        z = mean * self.cfc[:, 0] + std * self.cfc[:, 1]  # (N, C)
-        return self.bn(z[:, :, None, None].to(self.cfc.dtype)).sigmoid().to(x.dtype)  # (N, C, 1, 1)
+        return self.gate_of(mean.flatten(1), var * (m / (m - 1 + 1 // m))).to(x.dtype)  # (N, C, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (self.channel_gate(x) * self.gain)

@@ -42,8 +42,8 @@ class PlaneGate(nn.Module):
         nn.init.kaiming_normal_(self.conv.weight, mode='fan_out', nonlinearity='relu')
         nn.init.constant_(self.bn.weight, bn_weight)
 
-    def forward(self, peak: Tensor, mean: Tensor) -> Tensor:  # (N, A, B) both
-        return self.bn(self.conv(torch.stack([peak, mean], dim=1))).sigmoid().squeeze(1)  # (N, A, B)
+    def forward(self, pooled: Tensor) -> Tensor:  # (N, 2, A, B)
+        return self.bn(self.conv(pooled)).sigmoid()  # (N, 1, A, B)
 
 
 @register_attn(
@@ -97,24 +97,36 @@ class TripletAttention(Attention):
                 nn.init.zeros_(gate.bn.weight)
                 nn.init.zeros_(gate.bn.bias)
 
-    def plane_gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        cw = self.cw(x.amax(2), x.mean(2))  # (N, C, W)
-        hc = self.hc(x.amax(3).transpose(1, 2), x.mean(3).transpose(1, 2))  # (N, H, C)
-        return cw, hc
+    def pooled(self, x: Tensor) -> list[Tensor]:
+        planes = [
+            torch.stack([x.amax(2), x.mean(2)], dim=1),  # (N, 2, C, W)
+            torch.stack([x.amax(3), x.mean(3)], dim=1).transpose(2, 3),  # (N, 2, H, C)
+        ]
+        if self.spatial:
+            planes.append(torch.stack([x.amax(1), x.mean(1)], dim=1))  # (N, 2, H, W)
+        return planes
+
+    def gates_of(self, pooled: list[Tensor]) -> list[Tensor]:
+        gates = [
+            self.cw(pooled[0]).transpose(1, 2),  # (N, C, 1, W)
+            self.hc(pooled[1]).permute(0, 3, 2, 1),  # (N, C, H, 1)
+        ]
+        if self.spatial:
+            gates.append(self.hw(pooled[2]))  # (N, 1, H, W)
+        return gates
 
     def forward(self, x: Tensor) -> Tensor:
-        cw, hc = self.plane_gates(x)
-        gate = cw.unsqueeze(2) + hc.transpose(1, 2).unsqueeze(3)  # (N, C, H, W)
+        gates = self.gates_of(self.pooled(x))
+        gate = gates[0] + gates[1]  # (N, C, H, W)
         if self.spatial:
-            hw = self.hw(x.amax(1), x.mean(1))  # (N, H, W)
-            return x * ((gate + hw.unsqueeze(1)) * (self.gain / 3))
+            return x * ((gate + gates[2]) * (self.gain / 3))
         return x * (gate * (self.gain / 2))
 
     @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:
         """'cw' (N, C, W), 'hc' (N, H, C), and 'spatial' (N, H, W) of the unrotated branch."""
-        cw, hc = self.plane_gates(x)
-        found = {'cw': cw, 'hc': hc}
+        gates = self.gates_of(self.pooled(x))
+        found = {'cw': gates[0].squeeze(2), 'hc': gates[1].squeeze(3).transpose(1, 2)}
         if self.spatial:
-            found['spatial'] = self.hw(x.amax(1), x.mean(1))
+            found['spatial'] = gates[2].squeeze(1)
         return found

@@ -1,0 +1,10 @@
+"""The same function in less memory: ResNet blocks that recompute what is cheap, and fold what is constant.
+
+A convolution's backward needs its input, a BatchNorm's its own. Between them lie a BatchNorm's output, a ReLU and the
+attention, which plain autograd keeps too, although all of them follow from the convolution's output in a few passes
+over memory. A fused block keeps the outputs of its convolutions and its own output, and recomputes the rest.
+"""
+
+from ._blocks import fuse as fuse
+
+__all__ = ['fuse']

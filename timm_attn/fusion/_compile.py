@@ -1,0 +1,169 @@
+"""Functions of tensors, compiled by inductor and called with next to nothing in between.
+
+A call of a `torch.compile`d function checks dozens of guards in Python and C++. With warm caches that takes 20
+microseconds; between two convolutions, which empty the caches, it takes a millisecond, more than the work on most maps
+of a ResNet. So a kernel is compiled once for each kind of arguments, and then inductor's own callable is called.
+"""
+
+import functools
+import operator
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo import config as dynamo
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental import _config as shapes
+
+Arguments = list[Any]
+
+
+class Kernel:
+    """A function of dense tensors and constants that is called compiled or as it is.
+
+    Args:
+        function: Returns a tuple of new tensors. Numbers among its arguments are constants, of which there should be
+            few.
+        overwrites: The function writes its result into its first argument, which `__call__` returns before the others.
+    """
+
+    def __init__(self, function: Callable[..., tuple[Any, ...]], overwrites: bool) -> None:
+        self.function, self.overwrites = function, overwrites
+        self.graphs: dict[tuple[Any, ...], Callable[[Arguments], Sequence[Any]]] = {}
+        functools.update_wrapper(self, function)
+
+    def __call__(self, compiled: bool, *args: Any) -> tuple[Any, ...]:
+        """The results.
+
+        Args:
+            compiled: Compile the function, or take the compiled one.
+            *args: Its arguments.
+        """
+        if not compiled:
+            results = self.function(*args)
+            return (args[0], *results) if self.overwrites else results
+        kind: list[Any] = []
+        dense: Arguments = []
+        for x in args:
+            if isinstance(x, Tensor):
+                layout = 0 if x.is_contiguous() else 1 if x.is_contiguous(memory_format=torch.channels_last) else 2
+                if layout == 2:
+                    x, layout = x.contiguous(), 0
+                kind.append((x.dtype, x.device, layout, *[s == 1 for s in x.shape], x.numel() < 1 << 31))
+            else:
+                kind.append(x)
+            dense.append(x)
+        key = tuple(kind)
+        graph = self.graphs.get(key)
+        if graph is None:
+            graph = self.graphs[key] = _compile(self.function, dense)
+        results = graph(dense)
+        return (dense[0], *results) if self.overwrites else tuple(results)
+
+
+def kernel(function: Callable[..., tuple[Any, ...]]) -> Kernel:
+    """Makes a kernel of a function of new results."""
+    return Kernel(function, overwrites=False)
+
+
+def overwriting(function: Callable[..., tuple[Any, ...]]) -> Kernel:
+    """Makes a kernel of a function that writes into its first argument."""
+    return Kernel(function, overwrites=True)
+
+
+def _compile(function: Callable[..., tuple[Any, ...]], args: Arguments) -> Callable[[Arguments], Sequence[Any]]:
+    """Compiles a function for all sizes of such arguments.
+
+    Args:
+        function: The kernel's.
+        args: Arguments of the kind it is compiled for.
+
+    Returns:
+        Takes the list of arguments.
+    """
+    # Parameters are detached, for torch.compile takes their sizes as constants.
+    tensors = {i: x.detach() for i, x in enumerate(args) if isinstance(x, Tensor)}
+    found: list[tuple[Callable[..., Any], list[Callable[[Arguments], Any]], list[int]]] = []
+
+    def capture(graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
+        compiled = compile_fx_inner(graph, examples)  # pyright: ignore[reportArgumentType]
+
+        def run(inputs: Arguments) -> Any:
+            sources = _sources(examples, inputs, tensors)
+            results = compiled(inputs)
+            found.append((getattr(compiled, 'current_callable', compiled), sources, [r.data_ptr() for r in results]))
+            return results
+
+        run._boxed_call = True  # pyright: ignore[reportFunctionMemberAccess]
+        return run
+
+    def of_tensors(*given: Tensor) -> tuple[Any, ...]:
+        full = list(args)
+        for i, x in zip(tensors, given, strict=True):
+            full[i] = x
+        return function(*full)
+
+    backend = aot_autograd(
+        fw_compiler=capture, inference_compiler=capture, decompositions=select_decomp_table,
+        keep_inference_input_mutations=True)
+    scratch = [x.clone() for x in tensors.values()]  # the first call is for compiling only
+    tensors = dict(zip(tensors, scratch, strict=True))
+    with (
+        torch.no_grad(), torch.autocast(scratch[0].device.type, enabled=False),
+        shapes.patch(use_duck_shape=False),  # sizes that happen to be equal are not the same size
+        dynamo.patch(specialize_float=True),
+    ):
+        shown = torch.compile(of_tensors, dynamic=True, fullgraph=True, backend=backend)(*scratch)
+    torch._dynamo.reset_code(of_tensors.__code__)
+    (graph, sources, made), = found
+    # The graph returns no None, and nothing twice.
+    places = [None if r is None else made.index(r.data_ptr()) for r in shown]
+
+    def call(args: Arguments) -> list[Any]:
+        results = graph([source(args) for source in sources])
+        return [None if p is None else results[p] for p in places]
+
+    return call
+
+
+def _sources(examples: Sequence[Any], inputs: Arguments, tensors: dict[int, Tensor]) -> list[Callable[[Arguments], Any]]:
+    """Where a graph's inputs come from: functions of the kernel's arguments.
+
+    Args:
+        examples: The inputs with symbolic sizes.
+        inputs: The same with values.
+        tensors: The kernel's tensors by position.
+    """
+    position = {x.data_ptr(): i for i, x in tensors.items()}
+    origins = [position[x.data_ptr()] if isinstance(x, Tensor) else None for x in inputs]
+    sizes = {
+        str(size): (i, d) for example, i in zip(examples, origins, strict=True) if i is not None
+        for d, size in enumerate(example.shape)}
+
+    def source(example: Any, value: Any, origin: int | None) -> Callable[[Arguments], Any]:
+        if origin is not None:
+            return operator.itemgetter(origin)
+        if str(example) in sizes:
+            i, d = sizes[str(example)]
+            return lambda args: args[i].shape[d]
+        return lambda args: value  # a number among the arguments
+
+    return list(map(source, examples, inputs, origins))
+
+
+@functools.cache
+def compiler_works(device: str) -> bool:
+    """Whether inductor can compile for the device ('cpu', 'cuda'); says so once where it cannot."""
+    try:
+        kernel(lambda x: (x + 1,))(True, torch.zeros(2, 3, 4, 5, device=device))
+    except Exception as e:
+        warnings.warn(
+            f'timm_attn.fuse cannot compile for {device} ({type(e).__name__}: {str(e).splitlines()[0]}); blocks keep '
+            'less memory, but are not faster. Install a C++ compiler (CPU) or Triton (GPU), or pass compile=False.',
+            stacklevel=3)
+        return False
+    return True

@@ -1,0 +1,441 @@
+"""Passes over the maps of a block, each written once in torch and compiled into as few loops as possible.
+
+Shapes: N batch, C channels, H, W sides of the map. y (N, C, H, W) is a convolution's output, and x = y * a + b what
+its BatchNorm makes of it, with a and b (1, C, 1, 1); both are None where there is no BatchNorm. Everything but maps is
+in float32, or float64 for maps of float64.
+"""
+
+import operator
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from ._compile import kernel, overwriting
+
+
+def _up(y: Tensor) -> Tensor:
+    return y if y.dtype == torch.float64 else y.float()
+
+
+def _affine(y: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
+    return _up(y) if a is None or b is None else _up(y) * a + b
+
+
+def _plane_sum(x: Tensor) -> Tensor:
+    return x.sum((2, 3), keepdim=True)  # (N, C, 1, 1)
+
+
+def _unbiased(m: int) -> float:
+    return m / max(m - 1, 1)
+
+
+# ---- BatchNorm ------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def norm(
+        y: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        center: Tensor | None,
+        spread: Tensor | None,
+        eps: float,
+        names: tuple[str, ...],
+) -> tuple[Tensor | None, ...]:
+    """A BatchNorm as a factor and a summand, and statistics of the planes of its output.
+
+    Args:
+        y: The map.
+        weight: (C,)
+        bias: (C,)
+        center: Means to normalise by (C,); None takes the batch's.
+        spread: Variances to normalise by (C,); None takes the batch's, biased.
+        eps: Added to the variance.
+        names: The statistics: 'mean', 'var' (unbiased, 0 for a single pixel) and 'peak'.
+
+    Returns:
+        a, b, center and spread, all (1, C, 1, 1); mean and variance of y's planes and the value of y at the peak, or
+        None where no one needs them, and the statistics by name, all (N, C, 1, 1).
+    """
+    y = _up(y)
+    mean = var = pick = None
+    if center is None or 'mean' in names or 'var' in names:
+        mean = y.mean((2, 3), keepdim=True)
+    if center is None or 'var' in names:
+        var = (y - mean).square().mean((2, 3), keepdim=True)
+    if center is None or spread is None:
+        assert mean is not None and var is not None
+        center = mean.mean(0, keepdim=True)
+        spread = (var + (mean - center).square()).mean(0, keepdim=True)
+    else:
+        # Results are new tensors, no views.
+        center, spread = center[None, :, None, None].to(y.dtype, copy=True), spread[None, :, None, None].to(y.dtype, copy=True)
+    a = weight[None, :, None, None] * (spread + eps).rsqrt()
+    b = bias[None, :, None, None] - center * a
+    if 'peak' in names:
+        pick = torch.where(a >= 0, y.amax((2, 3), keepdim=True), y.amin((2, 3), keepdim=True))
+    shown = {
+        'mean': None if mean is None else mean * a + b,
+        'var': None if var is None else var * a.square() * _unbiased(y.shape[2] * y.shape[3]),
+        'peak': None if pick is None else pick * a + b,
+    }
+    return a, b, center, spread, mean, var, pick, *(shown[name] for name in names)
+
+
+@kernel
+def plane_statistics(y: Tensor, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+    """Statistics of y's planes, as `norm`'s of its output's."""
+    y = _up(y)
+    mean = y.mean((2, 3), keepdim=True)
+    found: list[Tensor] = []
+    for name in names:
+        if name == 'mean':
+            found.append(mean)
+        elif name == 'var':
+            found.append((y - mean).square().mean((2, 3), keepdim=True) * _unbiased(y.shape[2] * y.shape[3]))
+        else:
+            found.append(y.amax((2, 3), keepdim=True))
+    return tuple(found)
+
+
+@overwriting
+def norm_backward(
+        g: Tensor,
+        y: Tensor,
+        weight: Tensor,
+        eps: float,
+        training: bool,
+        a: Tensor,
+        center: Tensor,
+        spread: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        pick: Tensor | None,
+        ga: Tensor,
+        gb: Tensor,
+        gmean: Tensor | None,
+        gvar: Tensor | None,
+        gpeak: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adds to g, the gradient of y by other ways, that through the results of `norm`; g is overwritten.
+
+    Returns:
+        g, and the gradients of weight and bias.
+    """
+    m = y.shape[2] * y.shape[3]
+    u = _up(y)
+    slope: Tensor | float = 0.0
+    offset: Tensor | float = 0.0
+    peaks: Tensor | None = None
+    if gmean is not None:
+        assert mean is not None
+        ga, gb = ga + (gmean * mean).sum(0, keepdim=True), gb + gmean.sum(0, keepdim=True)
+        offset = offset + gmean * a / m
+    if gvar is not None:
+        assert mean is not None and var is not None
+        gvar = gvar * _unbiased(m)
+        ga = ga + (gvar * var * a * 2).sum(0, keepdim=True)
+        slope = slope + gvar * a.square() * (2 / m)
+        offset = offset - gvar * a.square() * mean * (2 / m)
+    if gpeak is not None:
+        assert pick is not None
+        ga, gb = ga + (gpeak * pick).sum(0, keepdim=True), gb + gpeak.sum(0, keepdim=True)
+        at = u == pick
+        # As in torch's amax, equal peaks share the gradient.
+        peaks = torch.where(at, gpeak * a / _plane_sum(at.to(u.dtype)), 0)
+    if training:
+        n = m * y.shape[0]
+    ga = ga - center * gb
+    root = (spread + eps).rsqrt()
+    if training:
+        gspread = ga * weight[None, :, None, None] * root * root * root * -0.5
+        slope = slope + gspread * (2 / n)
+        offset = offset - (a * gb + gspread * center * 2) / n
+    out = _up(g) + u * slope + offset
+    if peaks is not None:
+        out = out + peaks
+    g.copy_(out)
+    return (ga * root).flatten().to(weight.dtype), gb.flatten().to(weight.dtype)
+
+
+# ---- ReLU(BN(y)) before a convolution -------------------------------------------------------------------------------
+
+
+@kernel
+def affine_relu(y: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor]:
+    """ReLU(x)."""
+    return (_affine(y, a, b).relu().to(y.dtype),)
+
+
+@overwriting
+def affine_relu_(y: Tensor, a: Tensor, b: Tensor) -> tuple[()]:
+    """ReLU(x) in the memory of y."""
+    y.copy_(_affine(y, a, b).relu())
+    return ()
+
+
+@overwriting
+def norm_relu_backward(
+        g: Tensor,
+        y: Tensor,
+        weight: Tensor,
+        eps: float,
+        training: bool,
+        a: Tensor,
+        b: Tensor,
+        center: Tensor,
+        spread: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of y, weight and bias for that of ReLU(x); the first in the memory of g."""
+    u = _up(y)
+    g0 = torch.where(u * a + b > 0, _up(g), 0)
+    gb = _plane_sum(g0).sum(0, keepdim=True)
+    ga = _plane_sum(g0 * u).sum(0, keepdim=True) - center * gb
+    root = (spread + eps).rsqrt()
+    out = g0 * a
+    if training:
+        n = y.shape[0] * y.shape[2] * y.shape[3]
+        gspread = ga * weight[None, :, None, None] * root * root * root * -0.5
+        out = out + u * (gspread * (2 / n)) - (a * gb + gspread * center * 2) / n
+    g.copy_(out)
+    return (ga * root).flatten().to(weight.dtype), gb.flatten().to(weight.dtype)
+
+
+# ---- The end of a block ---------------------------------------------------------------------------------------------
+
+
+def _joint(gates: Sequence[Tensor], summed: bool) -> Tensor:
+    return reduce(operator.add if summed else operator.mul, gates)
+
+
+def _gated_sum(
+        y: Tensor,
+        a: Tensor | None,
+        b: Tensor | None,
+        shortcut: Tensor,
+        a1: Tensor | None,
+        b1: Tensor | None,
+        summed: bool,
+        gates: Sequence[Tensor],
+) -> Tensor:
+    x = _affine(y, a, b)
+    if gates:
+        x = x * _joint(gates, summed)
+    return (x + _affine(shortcut, a1, b1)).relu()
+
+
+@kernel
+def gated_sum(
+        y: Tensor,
+        a: Tensor | None,
+        b: Tensor | None,
+        shortcut: Tensor,
+        a1: Tensor | None,
+        b1: Tensor | None,
+        summed: bool,
+        *gates: Tensor,
+) -> tuple[Tensor]:
+    """ReLU(x * gate + shortcut * a1 + b1), where the gates' product or sum is the gate."""
+    return (_gated_sum(y, a, b, shortcut, a1, b1, summed, gates).to(y.dtype),)
+
+
+@overwriting
+def gated_sum_(
+        y: Tensor,
+        a: Tensor | None,
+        b: Tensor | None,
+        shortcut: Tensor,
+        a1: Tensor | None,
+        b1: Tensor | None,
+        summed: bool,
+        *gates: Tensor,
+) -> tuple[()]:
+    """`gated_sum` in the memory of y."""
+    y.copy_(_gated_sum(y, a, b, shortcut, a1, b1, summed, gates))
+    return ()
+
+
+@kernel
+def gated_sum_backward(
+        g: Tensor,
+        out: Tensor,
+        y: Tensor,
+        a: Tensor,
+        b: Tensor,
+        shortcut: Tensor | None,
+        a1: Tensor | None,
+        summed: bool,
+        *gates: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of y, a, b, shortcut, a1, b1 and the gates."""
+    u = _up(y)
+    g = torch.where(out > 0, _up(g), 0)
+    gx = g * _joint(gates, summed) if gates else g
+    ga, gb = _plane_sum(gx * u).sum(0, keepdim=True), _plane_sum(gx).sum(0, keepdim=True)
+    ggates: list[Tensor] = []
+    for i, gate in enumerate(gates):
+        others = [other for j, other in enumerate(gates) if j != i]
+        ggate = g * (u * a + b)
+        if others and not summed:
+            ggate = ggate * _joint(others, False)
+        ggates.append(_sum_to(ggate, gate).to(gate.dtype))
+    ga1 = gb1 = None
+    gshortcut = g
+    if a1 is not None and shortcut is not None:
+        ga1, gb1 = _plane_sum(g * shortcut).sum(0, keepdim=True), _plane_sum(g).sum(0, keepdim=True)
+        gshortcut = g * a1
+    return (gx * a).to(y.dtype), ga, gb, gshortcut.to(y.dtype), ga1, gb1, *ggates
+
+
+@kernel
+def masked_by(
+        g: Tensor,
+        out: Tensor,
+        shortcut: Tensor | None,
+        a1: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """g where out is positive, and the gradients of shortcut, a1 and b1 in ReLU(x + shortcut * a1 + b1)."""
+    u = torch.where(out > 0, _up(g), 0)
+    if a1 is None or shortcut is None:
+        g = u.to(g.dtype)
+        return g, g, None, None
+    ga1, gb1 = _plane_sum(u * shortcut).sum(0, keepdim=True), _plane_sum(u).sum(0, keepdim=True)
+    return u.to(g.dtype), (u * a1).to(shortcut.dtype), ga1, gb1
+
+
+@kernel
+def affine(y: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor]:
+    """x."""
+    return (_affine(y, a, b).to(y.dtype),)
+
+
+@overwriting
+def affine_backward(g: Tensor, y: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of y, a and b for that of x; the first in the memory of g."""
+    u = _up(g)
+    ga, gb = _plane_sum(u * y).sum(0, keepdim=True), _plane_sum(u).sum(0, keepdim=True)
+    g.copy_(u * a)
+    return ga, gb
+
+
+def _sum_to(x: Tensor, like: Tensor) -> Tensor:
+    dims = [d for d in range(4) if like.shape[d] == 1]
+    return x.sum(dims, keepdim=True)
+
+
+# ---- What gates of pixels and of planes pool ------------------------------------------------------------------------
+
+
+def _pooled(x: Tensor, dims: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    found: list[Tensor] = []
+    for d in dims:
+        peak = x.amax(d, keepdim=True)
+        found += [peak, torch.cat([peak, x.mean(d, keepdim=True)], dim=d).to(dtype)]
+    return tuple(found)
+
+
+@kernel
+def pool(y: Tensor, a: Tensor | None, b: Tensor | None, dims: tuple[int, ...], *gates: Tensor) -> tuple[Tensor, ...]:
+    """For each dimension, the maximum of x * gate along it, and the same with the mean behind it in y's type."""
+    x = _affine(y, a, b)
+    return _pooled(x * _joint(gates, False) if gates else x, dims, y.dtype)
+
+
+@kernel
+def pool_shares(
+        y: Tensor,
+        a: Tensor,
+        b: Tensor,
+        dims: tuple[int, ...],
+        n: int,
+        *more: Tensor,
+) -> tuple[Tensor, ...]:
+    """The gradient of each maximum over the number of its places: equal ones share it, as in torch's amax.
+
+    Args:
+        y: The map.
+        a: (1, C, 1, 1)
+        b: (1, C, 1, 1)
+        dims: Those of `pool`.
+        n: Number of gates.
+        *more: The gates, and for each dimension the maximum and the gradients of maximum and mean.
+    """
+    gates, pools = more[:n], more[n:]
+    x = _affine(y, a, b)
+    if gates:
+        x = x * _joint(gates, False)
+    found: list[Tensor] = []
+    for d, peak, gpooled in zip(dims, pools[::2], pools[1::2], strict=True):
+        found.append(_up(gpooled).narrow(d, 0, 1) / (x == peak).to(x.dtype).sum(d, keepdim=True))
+    return tuple(found)
+
+
+@overwriting
+def pool_backward(
+        g: Tensor,
+        y: Tensor,
+        a: Tensor,
+        b: Tensor,
+        dims: tuple[int, ...],
+        n: int,
+        *more: Tensor,
+) -> tuple[Tensor, ...]:
+    """Adds to g, the gradient of y by other ways, that through `pool`; g is overwritten.
+
+    Args:
+        g: The gradient.
+        y: The map.
+        a: (1, C, 1, 1)
+        b: (1, C, 1, 1)
+        dims: Those of `pool`.
+        n: Number of gates.
+        *more: The gates, and for each dimension the maximum, its share and the gradients of maximum and mean.
+
+    Returns:
+        Gradients of a, b and the gates.
+    """
+    gates, pools = more[:n], more[n:]
+    u = _up(y)
+    x = u * a + b
+    z = x * _joint(gates, False) if gates else x
+    gz = torch.zeros((), dtype=u.dtype, device=u.device)
+    for d, peak, share, gpooled in zip(dims, pools[::3], pools[1::3], pools[2::3], strict=True):
+        gz = gz + torch.where(z == peak, share, 0) + _up(gpooled).narrow(d, 1, 1) / z.shape[d]
+    ggates: list[Tensor] = []
+    for i, gate in enumerate(gates):
+        others = [other for j, other in enumerate(gates) if j != i]
+        ggates.append(_sum_to(gz * x * _joint(others, False) if others else gz * x, gate).to(gate.dtype))
+    gx = gz * _joint(gates, False) if gates else gz
+    ga, gb = _plane_sum(gx * u).sum(0, keepdim=True), _plane_sum(gx).sum(0, keepdim=True)
+    g.copy_(_up(g) + gx * a)
+    return ga, gb, *ggates
+
+
+# ---- BAM: a gate on the block's output ------------------------------------------------------------------------------
+
+
+@kernel
+def raise_by(x: Tensor, channels: Tensor, pixels: Tensor, add: bool, gain: float) -> tuple[Tensor]:
+    """x * (1 + s(m)) * gain, where m is the product or the sum of (N, C, 1, 1) and (N, 1, H, W)."""
+    m = _up(channels) + _up(pixels) if add else _up(channels) * _up(pixels)
+    return ((_up(x) * ((1 + m.sigmoid()) * gain)).to(x.dtype),)
+
+
+@kernel
+def raise_by_backward(
+        g: Tensor,
+        x: Tensor,
+        channels: Tensor,
+        pixels: Tensor,
+        add: bool,
+        gain: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, channels and pixels."""
+    c, p = _up(channels), _up(pixels)
+    s = (c + p if add else c * p).sigmoid()
+    gx = _up(g) * ((1 + s) * gain)
+    gm = _up(g) * _up(x) * (s * (1 - s) * gain)
+    gc, gp = (gm, gm) if add else (gm * p, gm * c)
+    return gx.to(x.dtype), _plane_sum(gc).to(channels.dtype), gp.sum(1, keepdim=True).to(pixels.dtype)
