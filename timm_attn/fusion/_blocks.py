@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ from ..layers import BAM, CBAM, Attention, SelectiveKernel, TripletAttention
 from ..models.sk_resnet import SKBottleneck
 from . import _kernels as kernels
 from ._compile import compiler_works
-from ._functions import gate_conv, gated_sum, norm, norm_act_conv, pool, raise_by
+from ._functions import gate_conv, gated_pooled_sum, gated_sum, norm, norm_act_conv, raise_by
 from ._replay import attended_sum, select_conv
 
 
@@ -52,45 +53,68 @@ def _absent(m: nn.Module | None) -> bool:
 # ---- The end of a block: the last BatchNorm, the attention, the shortcut and the ReLU --------------------------------
 
 
-def _gates(
+def _gated(
         compiled: bool,
-        attn: nn.Module,
+        attn: nn.Module | None,
         y: Tensor,
         a: Tensor | None,
         b: Tensor | None,
         found: list[Tensor],
-) -> tuple[Tensor, list[Tensor], bool] | None:
-    """The gates of x = y * a + b, or None for an attention that needs x itself.
+        keep: Tensor | None,
+        shortcut: Tensor,
+        a1: Tensor | None,
+        b1: Tensor | None,
+) -> Tensor | None:
+    """ReLU(attention(x) * keep + shortcut * a1 + b1) for x = y * a + b, or None for an attention that needs x itself.
 
     Args:
         compiled: Call kernels compiled.
-        attn: The attention.
+        attn: The attention, or None.
         y: (N, C, H, W)
         a: (1, C, 1, 1), or None for x = y.
         b: Like a.
         found: The statistics of x's planes that the attention takes, (N, C, 1, 1) each.
-
-    Returns:
-        y to go on with, the gates, and whether their sum (not their product) is the gate.
+        keep: Drop-path's mask (N, 1, 1, 1), or None.
+        shortcut: (N, C, H, W)
+        a1: Like a.
+        b1: Like a.
     """
-    gates: list[Tensor] = []
     if isinstance(attn, TripletAttention):
-        y, cw, hc, *hw = pool(compiled, y, a, b, (2, 3, 1) if attn.spatial else (2, 3))
-        # (N, C, 2, W) and (N, C, H, 2), as the planes (N, 2, C, W) and (N, 2, H, C)
-        gates = attn.gates_of([cw.transpose(1, 2), hc.transpose(1, 3), *hw])
-        return y, [g * (attn.gain / len(gates)) for g in gates], True
-    if not isinstance(attn, Attention) or not attn.statistics:
-        return None
-    if found:
-        # In the precision of the statistics: what is as small as this gains nothing by autocast, and pays for casts.
-        dtype = next(attn.parameters()).dtype
-        with torch.autocast(y.device.type, enabled=False):
-            gates.append(cast(Any, attn).gate_of(*(f.flatten(1).to(dtype) for f in found)))
-    if isinstance(attn, CBAM) and attn.spatial:
-        y, pooled = pool(compiled, y, a, b, (1,), gates)
-        gates.append(attn.gate_of_pixels(pooled))
-    gates[-1] = gates[-1] * attn.gain
-    return y, gates, False
+        def of_planes(pooled: list[Tensor]) -> list[Tensor]:
+            cw, hc, *hw = pooled
+            # (N, C, 2, W) and (N, C, H, 2), as the planes (N, 2, C, W) and (N, 2, H, C)
+            gates = attn.gates_of([cw.transpose(1, 2), hc.transpose(1, 3), *hw])
+            return [gate * (attn.gain / len(gates)) for gate in gates]
+
+        dims = (2, 3, 1) if attn.spatial else (2, 3)
+        return gated_pooled_sum(compiled, y, a, b, None, dims, _masked(of_planes, keep), True, shortcut, a1, b1)
+    channels = None
+    if attn is not None:
+        if not isinstance(attn, Attention) or not attn.statistics:
+            return None
+        if found:
+            # In the precision of the statistics: what is so small gains nothing by autocast, and pays for casts.
+            dtype = next(attn.parameters()).dtype
+            with torch.autocast(y.device.type, enabled=False):
+                channels = cast(Tensor, cast(Any, attn).gate_of(*(f.flatten(1).to(dtype) for f in found)))
+        if isinstance(attn, CBAM) and attn.spatial:
+            def of_pixels(pooled: list[Tensor]) -> list[Tensor]:
+                return [attn.gate_of_pixels(pooled[0]) * attn.gain]
+
+            return gated_pooled_sum(
+                compiled, y, a, b, channels, (1,), _masked(of_pixels, keep), False, shortcut, a1, b1)
+        assert channels is not None
+        channels = channels * attn.gain
+    if keep is not None:
+        channels = keep if channels is None else channels * keep
+    return gated_sum(compiled, y, a, b, channels, shortcut, a1, b1)
+
+
+def _masked(
+        gates_of: Callable[[list[Tensor]], list[Tensor]],
+        keep: Tensor | None,
+) -> Callable[[list[Tensor]], list[Tensor]]:
+    return gates_of if keep is None else lambda pooled: [gate * keep for gate in gates_of(pooled)]
 
 
 def _names(attn: nn.Module | None) -> tuple[str, ...]:
@@ -111,14 +135,11 @@ def _tail(block: Any, bn: Any, y: Tensor, x: Tensor) -> Tensor:
         if drop.scale_by_keep and drop.drop_prob < 1:
             keep.div_(1 - drop.drop_prob)
     y, a, b, *found = norm(block.compiled, bn, y, _names(attn))
-    gated = (y, [], False) if attn is None else _gates(block.compiled, attn, y, a, b, found)
-    if gated is None:
+    out = _gated(block.compiled, attn, y, a, b, found, keep, shortcut, a1, b1)
+    if out is None:
         assert attn is not None
         return attended_sum(block.compiled, attn, y, a, b, shortcut, a1, b1, keep)
-    y, gates, summed = gated
-    if keep is not None:
-        gates = [g * keep for g in gates] if summed else [*gates, keep]
-    return gated_sum(block.compiled, y, a, b, shortcut, a1, b1, gates, summed)
+    return out
 
 
 def _shortcut(block: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
@@ -139,10 +160,9 @@ def _frozen_tail(attn: nn.Module | None, y: Tensor, shortcut: Tensor) -> Tensor:
     if attn is not None and not _absent(attn):
         names = _names(attn)
         found = list(kernels.plane_statistics(True, y, names)) if names else []
-        gated = _gates(True, attn, y, None, None, found)
-        if gated is not None:
-            y, gates, summed = gated
-            return gated_sum(True, y, None, None, shortcut, None, None, gates, summed)
+        out = _gated(True, attn, y, None, None, found, None, shortcut, None, None)
+        if out is not None:
+            return out
         y = attn(y)
     return y.add_(shortcut).relu_()
 

@@ -4,7 +4,7 @@ A piece that reads a map y hands it on, and the next piece takes it from there. 
 where each backward adds its own in place, and no two of them are ever in memory.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -199,27 +199,24 @@ class _GatedSum(torch.autograd.Function):
             ctx: Any,
             compiled: bool,
             in_place: bool,
-            summed: bool,
             y: Tensor,
             a: Tensor | None,
             b: Tensor | None,
+            channels: Tensor | None,
             shortcut: Tensor,
             a1: Tensor | None,
             b1: Tensor | None,
-            *gates: Tensor,
     ) -> Tensor:
         apply = kernels.gated_sum_ if in_place else kernels.gated_sum
-        (out,) = apply(compiled, y, a, b, shortcut, a1, b1, summed, *gates)
-        ctx.save_for_backward(out, y, a, b, None if a1 is None else shortcut, a1, *gates)
-        ctx.compiled, ctx.summed = compiled, summed
+        (out,) = apply(compiled, y, a, b, channels, shortcut, a1, b1, False)
+        ctx.save_for_backward(out, y, a, b, channels, None if a1 is None else shortcut, a1)
+        ctx.compiled = compiled
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        out, y, a, b, shortcut, a1, *gates = ctx.saved_tensors
-        return None, None, None, *kernels.gated_sum_backward(
-            ctx.compiled, g, out, y, a, b, shortcut, a1, ctx.summed, *gates)
+        return None, None, *kernels.gated_sum_backward(ctx.compiled, g, *ctx.saved_tensors)
 
 
 def gated_sum(
@@ -227,27 +224,24 @@ def gated_sum(
         y: Tensor,
         a: Tensor | None,
         b: Tensor | None,
+        channels: Tensor | None,
         shortcut: Tensor,
         a1: Tensor | None,
         b1: Tensor | None,
-        gates: Sequence[Tensor],
-        summed: bool,
 ) -> Tensor:
-    """ReLU((y * a + b) * gate + shortcut * a1 + b1), keeping y and the output. Without gradients y is overwritten.
+    """ReLU((y * a + b) * channels + shortcut * a1 + b1), keeping y and the output; y is overwritten without gradients.
 
     Args:
         compiled: Call kernels compiled.
         y: (N, C, H, W)
         a: (1, C, 1, 1), or None for no factor and summand.
         b: Like a.
+        channels: (N, C, 1, 1) or (N, 1, 1, 1), or None.
         shortcut: (N, C, H, W)
         a1: Like a.
         b1: Like a.
-        gates: Each of 4 dimensions, some of size 1; none is a gate of 1.
-        summed: The gate is their sum, not their product.
     """
-    return cast(Tensor, _GatedSum.apply(
-        compiled, not torch.is_grad_enabled(), summed, y, a, b, shortcut, a1, b1, *gates))
+    return cast(Tensor, _GatedSum.apply(compiled, not torch.is_grad_enabled(), y, a, b, channels, shortcut, a1, b1))
 
 
 class _Pool(torch.autograd.Function):
@@ -259,47 +253,93 @@ class _Pool(torch.autograd.Function):
             y: Tensor,
             a: Tensor | None,
             b: Tensor | None,
-            *gates: Tensor,
+            channels: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        found = kernels.pool(compiled, y, a, b, dims, *gates)
-        ctx.save_for_backward(y, a, b, *gates, *found[::2])
-        ctx.compiled, ctx.dims, ctx.n = compiled, dims, len(gates)
-        return y, *found[1::2]
+        found = kernels.pool(compiled, y, a, b, channels, dims)
+        peaks, pooled = found[::2], found[1::2]
+        ctx.save_for_backward(y, a, b, channels, *peaks)
+        ctx.compiled, ctx.dims = compiled, dims
+        return y, *peaks, *pooled
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor, *gpooled: Tensor) -> tuple[Any, ...]:
-        y, a, b, *more = ctx.saved_tensors
-        gates, peaks = more[:ctx.n], more[ctx.n:]
-        # Two kernels: in one, the loops that count and those that use the counts would not be vectorised.
-        pairs = [x for both in zip(peaks, gpooled, strict=True) for x in both]
-        shares = kernels.pool_shares(ctx.compiled, y, a, b, ctx.dims, ctx.n, *gates, *pairs)
-        triples = [x for three in zip(peaks, shares, gpooled, strict=True) for x in three]
-        return None, None, *kernels.pool_backward(ctx.compiled, g, y, a, b, ctx.dims, ctx.n, *gates, *triples)
+    def backward(ctx: Any, gz: Tensor, *more: Tensor) -> tuple[Any, ...]:
+        y, a, b, channels, *peaks = ctx.saved_tensors
+        counts, gpooled = more[:len(peaks)], more[len(peaks):]
+        pools: list[Tensor] = []
+        for d, peak, count, g in zip(ctx.dims, peaks, counts, gpooled, strict=True):
+            gpeak, gmean = g.split(1, d)
+            # Equal maxima share the gradient, as in torch's amax.
+            pools += peak, gpeak / count, gmean / y.shape[d]
+        return None, None, *kernels.pool_backward(ctx.compiled, gz, y, a, b, channels, *pools)
 
 
-def pool(
+class _GatedPooledSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+            ctx: Any,
+            compiled: bool,
+            in_place: bool,
+            summed: bool,
+            dims: tuple[int, ...],
+            y: Tensor,
+            a: Tensor | None,
+            b: Tensor | None,
+            channels: Tensor | None,
+            shortcut: Tensor,
+            a1: Tensor | None,
+            b1: Tensor | None,
+            *more: Tensor,
+    ) -> Tensor:
+        apply = kernels.gated_sum_ if in_place else kernels.gated_sum
+        (out,) = apply(compiled, y, a, b, channels, shortcut, a1, b1, summed, *more[len(dims):])
+        ctx.save_for_backward(out, y, a, b, channels, None if a1 is None else shortcut, a1, *more)
+        ctx.compiled, ctx.summed, ctx.dims = compiled, summed, dims
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        gz, gshortcut, ga1, gb1, *rest = kernels.gated_pooled_sum_backward(
+            ctx.compiled, g, *ctx.saved_tensors[:7], ctx.summed, ctx.dims, *ctx.saved_tensors[7:])
+        ggates, counts = rest[:-len(ctx.dims)], rest[-len(ctx.dims):]
+        # What leaves for y is the gradient of z, and for the maxima the number of their places: `_Pool` awaits them.
+        return *(None,) * 4, gz, None, None, None, gshortcut, ga1, gb1, *counts, *ggates
+
+
+def gated_pooled_sum(
         compiled: bool,
         y: Tensor,
         a: Tensor | None,
         b: Tensor | None,
+        channels: Tensor | None,
         dims: tuple[int, ...],
-        gates: Sequence[Tensor] = (),
-) -> tuple[Tensor, ...]:
-    """y to go on with, and for each dimension the maximum and mean along it of (y * a + b) * gate.
+        gates_of: Callable[[list[Tensor]], Sequence[Tensor]],
+        summed: bool,
+        shortcut: Tensor,
+        a1: Tensor | None,
+        b1: Tensor | None,
+) -> Tensor:
+    """`gated_sum` with more gates, which are functions of what z = (y * a + b) * channels is pooled to.
 
     Args:
         compiled: Call kernels compiled.
         y: (N, C, H, W)
         a: (1, C, 1, 1), or None for no factor and summand.
         b: Like a.
-        dims: The dimensions.
-        gates: Their product is the gate.
-
-    Returns:
-        y, and y's shape with 2 in place of the dimension's size.
+        channels: (N, C, 1, 1), or None.
+        dims: Dimensions along which z is pooled.
+        gates_of: For z's maximum and mean along each, of z's shape but for a 2 in place of the size: the gates.
+        summed: The gates' sum, not their product, is the gate.
+        shortcut: (N, C, H, W)
+        a1: Like a.
+        b1: Like a.
     """
-    return cast(tuple[Tensor, ...], _Pool.apply(compiled, dims, y, a, b, *gates))
+    z, *found = cast(tuple[Tensor, ...], _Pool.apply(compiled, dims, y, a, b, channels))
+    peaks, pooled = found[:len(dims)], found[len(dims):]
+    return cast(Tensor, _GatedPooledSum.apply(
+        compiled, not torch.is_grad_enabled(), summed, dims, z, a, b, channels, shortcut, a1, b1, *peaks,
+        *gates_of(pooled)))
 
 
 # ---- BAM -------------------------------------------------------------------------------------------------------------

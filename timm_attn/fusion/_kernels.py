@@ -206,39 +206,32 @@ def norm_relu_backward(
 # ---- The end of a block ---------------------------------------------------------------------------------------------
 
 
-def _joint(gates: Sequence[Tensor], summed: bool) -> Tensor:
-    return reduce(operator.add if summed else operator.mul, gates)
-
-
-def _gated_sum(
-        y: Tensor,
-        a: Tensor | None,
-        b: Tensor | None,
-        shortcut: Tensor,
-        a1: Tensor | None,
-        b1: Tensor | None,
-        summed: bool,
-        gates: Sequence[Tensor],
-) -> Tensor:
-    x = _affine(y, a, b)
-    if gates:
-        x = x * _joint(gates, summed)
-    return (x + _affine(shortcut, a1, b1)).relu()
-
-
 @kernel
 def gated_sum(
         y: Tensor,
         a: Tensor | None,
         b: Tensor | None,
+        channels: Tensor | None,
         shortcut: Tensor,
         a1: Tensor | None,
         b1: Tensor | None,
         summed: bool,
         *gates: Tensor,
 ) -> tuple[Tensor]:
-    """ReLU(x * gate + shortcut * a1 + b1), where the gates' product or sum is the gate."""
-    return (_gated_sum(y, a, b, shortcut, a1, b1, summed, gates).to(y.dtype),)
+    """ReLU(x * channels * gate + shortcut * a1 + b1).
+
+    Args:
+        y: The map.
+        a: (1, C, 1, 1)
+        b: (1, C, 1, 1)
+        channels: Gate of channels (N, C, 1, 1), or None for 1.
+        shortcut: A map.
+        a1: Like a.
+        b1: Like a.
+        summed: The gates' sum, not their product, is the gate.
+        *gates: Each of 4 dimensions.
+    """
+    return (_gated_sum(y, a, b, channels, shortcut, a1, b1, summed, gates).to(y.dtype),)
 
 
 @overwriting
@@ -246,6 +239,7 @@ def gated_sum_(
         y: Tensor,
         a: Tensor | None,
         b: Tensor | None,
+        channels: Tensor | None,
         shortcut: Tensor,
         a1: Tensor | None,
         b1: Tensor | None,
@@ -253,8 +247,33 @@ def gated_sum_(
         *gates: Tensor,
 ) -> tuple[()]:
     """`gated_sum` in the memory of y."""
-    y.copy_(_gated_sum(y, a, b, shortcut, a1, b1, summed, gates))
+    y.copy_(_gated_sum(y, a, b, channels, shortcut, a1, b1, summed, gates))
     return ()
+
+
+def _gated_sum(
+        y: Tensor,
+        a: Tensor | None,
+        b: Tensor | None,
+        channels: Tensor | None,
+        shortcut: Tensor,
+        a1: Tensor | None,
+        b1: Tensor | None,
+        summed: bool,
+        gates: Sequence[Tensor],
+) -> Tensor:
+    z = _gated(_affine(y, a, b), channels)
+    if gates:
+        z = z * _joint(gates, summed)
+    return (z + _affine(shortcut, a1, b1)).relu()
+
+
+def _gated(x: Tensor, channels: Tensor | None) -> Tensor:
+    return x if channels is None else x * channels
+
+
+def _joint(gates: Sequence[Tensor], summed: bool) -> Tensor:
+    return reduce(operator.add if summed else operator.mul, gates)
 
 
 @kernel
@@ -264,45 +283,96 @@ def gated_sum_backward(
         y: Tensor,
         a: Tensor,
         b: Tensor,
+        channels: Tensor | None,
         shortcut: Tensor | None,
         a1: Tensor | None,
-        summed: bool,
-        *gates: Tensor,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of y, a, b, shortcut, a1, b1 and the gates."""
-    u = _up(y)
+    """Gradients of y, a, b, channels, shortcut, a1 and b1, without further gates."""
     g = torch.where(out > 0, _up(g), 0)
-    gx = g * _joint(gates, summed) if gates else g
-    ga, gb = _plane_sum(gx * u).sum(0, keepdim=True), _plane_sum(gx).sum(0, keepdim=True)
-    ggates: list[Tensor] = []
-    for i, gate in enumerate(gates):
-        others = [other for j, other in enumerate(gates) if j != i]
-        ggate = g * (u * a + b)
-        if others and not summed:
-            ggate = ggate * _joint(others, False)
-        ggates.append(_sum_to(ggate, gate).to(gate.dtype))
-    ga1 = gb1 = None
-    gshortcut = g
-    if a1 is not None and shortcut is not None:
-        ga1, gb1 = _plane_sum(g * shortcut).sum(0, keepdim=True), _plane_sum(g).sum(0, keepdim=True)
-        gshortcut = g * a1
-    return (gx * a).to(y.dtype), ga, gb, gshortcut.to(y.dtype), ga1, gb1, *ggates
+    gy, *gfactors = _factor_gradients(g, _up(y), a, b, channels)
+    return gy.to(y.dtype), *gfactors, *_shortcut_gradients(g, y.dtype, shortcut, a1)
 
 
 @kernel
-def masked_by(
+def gated_pooled_sum_backward(
         g: Tensor,
         out: Tensor,
+        y: Tensor,
+        a: Tensor,
+        b: Tensor,
+        channels: Tensor | None,
         shortcut: Tensor | None,
         a1: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        summed: bool,
+        dims: tuple[int, ...],
+        *more: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """`gated_sum_backward` where z = x * channels was pooled for further gates.
+
+    Args:
+        g: Gradient of the output.
+        out: The output.
+        y: The map.
+        a: (1, C, 1, 1)
+        b: (1, C, 1, 1)
+        channels: (N, C, 1, 1) or None.
+        shortcut: As given, or None without a1.
+        a1: As given.
+        summed: As given.
+        dims: Those that z was pooled along.
+        *more: The maxima of z along each dimension, and the gates.
+
+    Returns:
+        Gradients of z, shortcut, a1, b1 and the gates, and the number of places of each maximum: these loops read all
+        of z in any case.
+    """
+    peaks, gates = more[:len(dims)], more[len(dims):]
+    z = _gated(_up(y) * a + b, channels)
+    g = torch.where(out > 0, _up(g), 0)
+    gz = (g * _joint(gates, summed)).to(y.dtype)
+    counts = [(z == peak).to(z.dtype).sum(d, keepdim=True) for d, peak in zip(dims, peaks, strict=True)]
+    ggates: list[Tensor] = []
+    for i, gate in enumerate(gates):
+        others = [other for j, other in enumerate(gates) if j != i]
+        ggate = g * z if summed or not others else g * z * _joint(others, False)
+        ggates.append(_sum_to(ggate, gate).to(gate.dtype))
+    return gz, *_shortcut_gradients(g, y.dtype, shortcut, a1), *ggates, *counts
+
+
+def _factor_gradients(
+        gz: Tensor,
+        u: Tensor,
+        a: Tensor,
+        b: Tensor,
+        channels: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of u, a, b and channels for that of z = (u * a + b) * channels."""
+    by_a, by_b = _plane_sum(gz * u), _plane_sum(gz)
+    if channels is None:
+        return gz * a, by_a.sum(0, keepdim=True), by_b.sum(0, keepdim=True), None
+    gchannels = _sum_to(by_a * a + by_b * b, channels).to(channels.dtype)
+    ga, gb = (by_a * channels).sum(0, keepdim=True), (by_b * channels).sum(0, keepdim=True)
+    return gz * (a * channels), ga, gb, gchannels
+
+
+def _shortcut_gradients(
+        g: Tensor,
+        dtype: torch.dtype,
+        shortcut: Tensor | None,
+        a1: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of shortcut, a1 and b1 for that of shortcut * a1 + b1."""
+    if a1 is None or shortcut is None:
+        return g.to(dtype), None, None
+    ga1, gb1 = _plane_sum(g * shortcut).sum(0, keepdim=True), _plane_sum(g).sum(0, keepdim=True)
+    return (g * a1).to(dtype), ga1, gb1
+
+
+@kernel
+def masked_by(g: Tensor, out: Tensor, shortcut: Tensor | None, a1: Tensor | None) -> tuple[Tensor | None, ...]:
     """g where out is positive, and the gradients of shortcut, a1 and b1 in ReLU(x + shortcut * a1 + b1)."""
     u = torch.where(out > 0, _up(g), 0)
-    if a1 is None or shortcut is None:
-        g = u.to(g.dtype)
-        return g, g, None, None
-    ga1, gb1 = _plane_sum(u * shortcut).sum(0, keepdim=True), _plane_sum(u).sum(0, keepdim=True)
-    return u.to(g.dtype), (u * a1).to(shortcut.dtype), ga1, gb1
+    return u.to(g.dtype), *_shortcut_gradients(u, g.dtype, shortcut, a1)
 
 
 @kernel
@@ -337,39 +407,15 @@ def _pooled(x: Tensor, dims: Sequence[int], dtype: torch.dtype) -> tuple[Tensor,
 
 
 @kernel
-def pool(y: Tensor, a: Tensor | None, b: Tensor | None, dims: tuple[int, ...], *gates: Tensor) -> tuple[Tensor, ...]:
-    """For each dimension, the maximum of x * gate along it, and the same with the mean behind it in y's type."""
-    x = _affine(y, a, b)
-    return _pooled(x * _joint(gates, False) if gates else x, dims, y.dtype)
-
-
-@kernel
-def pool_shares(
+def pool(
         y: Tensor,
-        a: Tensor,
-        b: Tensor,
+        a: Tensor | None,
+        b: Tensor | None,
+        channels: Tensor | None,
         dims: tuple[int, ...],
-        n: int,
-        *more: Tensor,
 ) -> tuple[Tensor, ...]:
-    """The gradient of each maximum over the number of its places: equal ones share it, as in torch's amax.
-
-    Args:
-        y: The map.
-        a: (1, C, 1, 1)
-        b: (1, C, 1, 1)
-        dims: Those of `pool`.
-        n: Number of gates.
-        *more: The gates, and for each dimension the maximum and the gradients of maximum and mean.
-    """
-    gates, pools = more[:n], more[n:]
-    x = _affine(y, a, b)
-    if gates:
-        x = x * _joint(gates, False)
-    found: list[Tensor] = []
-    for d, peak, gpooled in zip(dims, pools[::2], pools[1::2], strict=True):
-        found.append(_up(gpooled).narrow(d, 0, 1) / (x == peak).to(x.dtype).sum(d, keepdim=True))
-    return tuple(found)
+    """For each dimension, the maximum of z = x * channels along it, and the same with the mean behind it in y's type."""
+    return _pooled(_gated(_affine(y, a, b), channels), dims, y.dtype)
 
 
 @overwriting
@@ -378,39 +424,30 @@ def pool_backward(
         y: Tensor,
         a: Tensor,
         b: Tensor,
-        dims: tuple[int, ...],
-        n: int,
-        *more: Tensor,
-) -> tuple[Tensor, ...]:
-    """Adds to g, the gradient of y by other ways, that through `pool`; g is overwritten.
+        channels: Tensor | None,
+        *pools: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Turns the gradient of z = x * channels into that of y, with what comes through `pool`.
 
     Args:
-        g: The gradient.
+        g: Gradient of z, which that of y takes the place of.
         y: The map.
         a: (1, C, 1, 1)
         b: (1, C, 1, 1)
-        dims: Those of `pool`.
-        n: Number of gates.
-        *more: The gates, and for each dimension the maximum, its share and the gradients of maximum and mean.
+        channels: (N, C, 1, 1) or None.
+        *pools: For each dimension the maximum, and what each place of the maximum and what every place gets.
 
     Returns:
-        Gradients of a, b and the gates.
+        Gradients of a, b and channels.
     """
-    gates, pools = more[:n], more[n:]
     u = _up(y)
-    x = u * a + b
-    z = x * _joint(gates, False) if gates else x
-    gz = torch.zeros((), dtype=u.dtype, device=u.device)
-    for d, peak, share, gpooled in zip(dims, pools[::3], pools[1::3], pools[2::3], strict=True):
-        gz = gz + torch.where(z == peak, share, 0) + _up(gpooled).narrow(d, 1, 1) / z.shape[d]
-    ggates: list[Tensor] = []
-    for i, gate in enumerate(gates):
-        others = [other for j, other in enumerate(gates) if j != i]
-        ggates.append(_sum_to(gz * x * _joint(others, False) if others else gz * x, gate).to(gate.dtype))
-    gx = gz * _joint(gates, False) if gates else gz
-    ga, gb = _plane_sum(gx * u).sum(0, keepdim=True), _plane_sum(gx).sum(0, keepdim=True)
-    g.copy_(_up(g) + gx * a)
-    return ga, gb, *ggates
+    z = _gated(u * a + b, channels)
+    gz = _up(g)
+    for peak, share, rest in zip(pools[::3], pools[1::3], pools[2::3], strict=True):
+        gz = gz + torch.where(z == peak, share, 0) + rest
+    gy, *gfactors = _factor_gradients(gz, u, a, b, channels)
+    g.copy_(gy)
+    return tuple(gfactors)
 
 
 # ---- BAM: a gate on the block's output ------------------------------------------------------------------------------

@@ -100,8 +100,7 @@ class _AttendedSum(torch.autograd.Function):
     ) -> Tensor:
         ctx.replay = _Replay(attn, y.device.type)
         out = ctx.replay.forward(*kernels.affine(compiled, y, a, b))
-        gates = () if keep is None else (keep,)
-        (out,) = kernels.gated_sum_(compiled, out, None, None, shortcut, a1, b1, False, *gates)
+        (out,) = kernels.gated_sum_(compiled, out, None, None, keep, shortcut, a1, b1, False)
         ctx.save_for_backward(out, y, a, b, None if a1 is None else shortcut, a1, keep, *params)
         ctx.compiled = compiled
         return out
