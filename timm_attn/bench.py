@@ -1,6 +1,7 @@
 """What attention costs: time beside plain timm, in interleaved rounds, and the bytes kept for backward, exactly."""
 
 import argparse
+import gc
 import json
 import platform
 import statistics
@@ -36,6 +37,7 @@ def kept_bytes(model: nn.Module, x: Tensor) -> int:
         x: Its input.
     """
     model(x)  # pays for what is allocated once
+    gc.collect()  # so that nothing of it is released while counting
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         y = model(x)

@@ -224,7 +224,7 @@ class FusedBasicBlock(Fused, BasicBlock):
     convs = ('conv1', 'conv2')
 
     def fused_forward(self, x: Tensor) -> Tensor:
-        (y,) = norm_act_conv(self.compiled, self.bn1, self.conv1(x), self.conv2)
+        (y,) = norm_act_conv(self.compiled, cast(nn.BatchNorm2d, self.bn1), self.conv1(x), self.conv2)
         return _tail(self, self.bn2, y, x)
 
 
@@ -235,8 +235,8 @@ class FusedBottleneck(Fused, Bottleneck):
     convs = ('conv1', 'conv2', 'conv3')
 
     def fused_forward(self, x: Tensor) -> Tensor:
-        (y,) = norm_act_conv(self.compiled, self.bn1, self.conv1(x), self.conv2)
-        (y,) = norm_act_conv(self.compiled, self.bn2, y, self.conv3)
+        (y,) = norm_act_conv(self.compiled, cast(nn.BatchNorm2d, self.bn1), self.conv1(x), self.conv2)
+        (y,) = norm_act_conv(self.compiled, cast(nn.BatchNorm2d, self.bn2), y, self.conv3)
         return _tail(self, self.bn3, y, x)
 
 
@@ -248,7 +248,7 @@ class FusedSKBottleneck(Fused, SKBottleneck):
 
     def fused_forward(self, x: Tensor) -> Tensor:
         sk = cast(SelectiveKernel, self.conv2)
-        y0, y1 = norm_act_conv(self.compiled, self.bn1, self.conv1(x), sk.conv1, sk.conv2)
+        y0, y1 = norm_act_conv(self.compiled, cast(nn.BatchNorm2d, self.bn1), self.conv1(x), sk.conv1, sk.conv2)
         return _tail(self, self.bn3, select_conv(self.compiled, sk, self.conv3, y0, y1), x)
 
     def frozen_forward(self, x: Tensor) -> Tensor:
@@ -269,10 +269,10 @@ class FusedBAM(BAM):
 
 
 class FusedGateConv(nn.Conv2d):
-    """The convolution of a gate, from 2 channels to 1, with a backward pass made for that."""
+    """The convolution of a gate, from 2 channels to 1, computed in a way made for that."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if _ordinary(input) and torch.is_grad_enabled():
+        if _ordinary(input):
             return gate_conv(self, input)
         return super().forward(input)
 

@@ -9,15 +9,10 @@ import functools
 import operator
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._dynamo import config as dynamo
-from torch._dynamo.backends.common import aot_autograd
-from torch._inductor.compile_fx import compile_fx_inner
-from torch._inductor.decomposition import select_decomp_table
-from torch.fx.experimental import _config as shapes
 
 Arguments = list[Any]
 
@@ -50,19 +45,30 @@ class Kernel:
         dense: Arguments = []
         for x in args:
             if isinstance(x, Tensor):
-                layout = 0 if x.is_contiguous() else 1 if x.is_contiguous(memory_format=torch.channels_last) else 2
-                if layout == 2:
-                    x, layout = x.contiguous(), 0
-                kind.append((x.dtype, x.device, layout, *[s == 1 for s in x.shape], x.numel() < 1 << 31))
+                last = not x.is_contiguous()
+                # Channels last is for maps. What is as small as a gate or a sum is cheap to copy, and slow to read so.
+                if last and not (x.shape == args[0].shape and x.is_contiguous(memory_format=torch.channels_last)):
+                    x, last = x.contiguous(), False
+                kind.append((x.dtype, x.device, last, *[s == 1 for s in x.shape], x.numel() < 1 << 31))
             else:
                 kind.append(x)
             dense.append(x)
         key = tuple(kind)
         graph = self.graphs.get(key)
         if graph is None:
-            graph = self.graphs[key] = _compile(self.function, dense)
+            try:
+                graph = _compile(self.function, dense)
+            except Exception as e:
+                warnings.warn(
+                    f'timm_attn.fuse cannot compile {self.function.__name__}() ({type(e).__name__}: '
+                    f'{str(e).splitlines()[:1]}): it stays slow.', stacklevel=2)
+                graph = self._uncompiled
+            self.graphs[key] = graph
         results = graph(dense)
         return (dense[0], *results) if self.overwrites else tuple(results)
+
+    def _uncompiled(self, args: Arguments) -> Sequence[Any]:
+        return self.function(*args)
 
 
 def kernel(function: Callable[..., tuple[Any, ...]]) -> Kernel:
@@ -85,6 +91,14 @@ def _compile(function: Callable[..., tuple[Any, ...]], args: Arguments) -> Calla
     Returns:
         Takes the list of arguments.
     """
+    # Slow to import, and of no use to those who do not compile.
+    from torch._dynamo import config as dynamo
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental import _config
+
+    shapes = cast(Any, _config)
     # Parameters are detached, for torch.compile takes their sizes as constants.
     tensors = {i: x.detach() for i, x in enumerate(args) if isinstance(x, Tensor)}
     found: list[tuple[Callable[..., Any], list[Callable[[Arguments], Any]], list[int]]] = []
@@ -130,7 +144,11 @@ def _compile(function: Callable[..., tuple[Any, ...]], args: Arguments) -> Calla
     return call
 
 
-def _sources(examples: Sequence[Any], inputs: Arguments, tensors: dict[int, Tensor]) -> list[Callable[[Arguments], Any]]:
+def _sources(
+        examples: Sequence[Any],
+        inputs: Arguments,
+        tensors: dict[int, Tensor],
+) -> list[Callable[[Arguments], Any]]:
     """Where a graph's inputs come from: functions of the kernel's arguments.
 
     Args:
@@ -159,7 +177,7 @@ def _sources(examples: Sequence[Any], inputs: Arguments, tensors: dict[int, Tens
 def compiler_works(device: str) -> bool:
     """Whether inductor can compile for the device ('cpu', 'cuda'); says so once where it cannot."""
     try:
-        kernel(lambda x: (x + 1,))(True, torch.zeros(2, 3, 4, 5, device=device))
+        _compile(lambda x: (x + 1,), [torch.zeros(2, 3, 4, 5, device=device)])
     except Exception as e:
         warnings.warn(
             f'timm_attn.fuse cannot compile for {device} ({type(e).__name__}: {str(e).splitlines()[0]}); blocks keep '

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import conv1d, pad
 
 from . import _kernels as kernels
 
@@ -132,8 +133,8 @@ class _NormActConv(torch.autograd.Function):
         (act,) = (kernels.affine_relu_ if in_place else kernels.affine_relu)(compiled, y, a, b)
         ctx.save_for_backward(y, weight, a, b, center, spread, *params)
         ctx.compiled, ctx.convs, ctx.training, ctx.eps = compiled, convs, bn.training, bn.eps
-        return tuple(
-            convolve(act, conv, cast(Tensor, w), c) for conv, w, c in zip(convs, params[::2], params[1::2], strict=True))
+        pairs = zip(convs, params[::2], params[1::2], strict=True)
+        return tuple(convolve(act, conv, cast(Tensor, w), c) for conv, w, c in pairs)
 
     @staticmethod
     @once_differentiable
@@ -179,15 +180,36 @@ class _GateConv(torch.autograd.Function):
 
 
 def gate_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A convolution from 2 channels to 1 that keeps the map's size.
+    """A convolution from 2 channels to 1 that keeps the map's size, made for so few channels.
 
-    Its gradient of x is a convolution with the mirrored kernel; written so, it is ten times faster on CPU than torch's
-    own, which is made for many channels.
+    A long plane is convolved along its long side only, with its short side folded into the channels: more arithmetic,
+    but such as processors are good at. Of any other, the gradient is written as a convolution with the mirrored kernel.
+    Both are several times faster on CPU than torch's own.
+
+    Args:
+        conv: The convolution, of stride 1.
+        x: (N, 2, A, B)
+
+    Returns:
+        (N, 1, A, B)
     """
+    short, long = sorted(x.shape[2:])
+    if 4 * short <= long:
+        return _folded(x, conv.weight) if x.shape[3] == short else _folded(x.mT, conv.weight.mT).mT
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
     return cast(Tensor, _GateConv.apply(conv, x.to(dtype), conv.weight.to(dtype)))
+
+
+def _folded(x: Tensor, weight: Tensor) -> Tensor:
+    """The convolution of x (N, 2, A, B) with weight (1, 2, k, k) as one along A, between 2 B and B channels."""
+    (n, _, a, b), r = x.shape, weight.shape[3] // 2
+    # Column i of the input meets column j of the output with the weight's column i - j + r, or 0 beyond its edges.
+    v = pad(weight[0], (b - 1 - r, b - 1 - r)).unfold(2, b, 1).flip(2)  # (2, k, b, b): j, i
+    v = v.permute(2, 0, 3, 1).reshape(b, 2 * b, weight.shape[2])
+    y = conv1d(x.mT.reshape(n, 2 * b, a), v, padding=r)  # (N, B, A)
+    return y.mT.unsqueeze(1)
 
 
 # ---- The end of a block ----------------------------------------------------------------------------------------------

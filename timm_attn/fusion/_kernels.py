@@ -64,6 +64,7 @@ def norm(
     if center is None or 'mean' in names or 'var' in names:
         mean = y.mean((2, 3), keepdim=True)
     if center is None or 'var' in names:
+        assert mean is not None
         var = (y - mean).square().mean((2, 3), keepdim=True)
     if center is None or spread is None:
         assert mean is not None and var is not None
@@ -71,7 +72,7 @@ def norm(
         spread = (var + (mean - center).square()).mean(0, keepdim=True)
     else:
         # Results are new tensors, no views.
-        center, spread = center[None, :, None, None].to(y.dtype, copy=True), spread[None, :, None, None].to(y.dtype, copy=True)
+        center, spread = [s[None, :, None, None].to(y.dtype, copy=True) for s in (center, spread)]
     a = weight[None, :, None, None] * (spread + eps).rsqrt()
     b = bias[None, :, None, None] - center * a
     if 'peak' in names:
@@ -118,11 +119,11 @@ def norm_backward(
         gmean: Tensor | None,
         gvar: Tensor | None,
         gpeak: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Adds to g, the gradient of y by other ways, that through the results of `norm`; g is overwritten.
 
     Returns:
-        g, and the gradients of weight and bias.
+        Gradients of weight and bias.
     """
     m = y.shape[2] * y.shape[3]
     u = _up(y)
@@ -187,8 +188,8 @@ def norm_relu_backward(
         b: Tensor,
         center: Tensor,
         spread: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of y, weight and bias for that of ReLU(x); the first in the memory of g."""
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias for that of ReLU(x); g becomes that of y."""
     u = _up(y)
     g0 = torch.where(u * a + b > 0, _up(g), 0)
     gb = _plane_sum(g0).sum(0, keepdim=True)
@@ -382,8 +383,8 @@ def affine(y: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor]:
 
 
 @overwriting
-def affine_backward(g: Tensor, y: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of y, a and b for that of x; the first in the memory of g."""
+def affine_backward(g: Tensor, y: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of a and b for that of x; g becomes that of y."""
     u = _up(g)
     ga, gb = _plane_sum(u * y).sum(0, keepdim=True), _plane_sum(u).sum(0, keepdim=True)
     g.copy_(u * a)
@@ -414,7 +415,7 @@ def pool(
         channels: Tensor | None,
         dims: tuple[int, ...],
 ) -> tuple[Tensor, ...]:
-    """For each dimension, the maximum of z = x * channels along it, and the same with the mean behind it in y's type."""
+    """For each dimension, the maximum of z = x * channels along it, and that with the mean behind it in y's type."""
     return _pooled(_gated(_affine(y, a, b), channels), dims, y.dtype)
 
 
