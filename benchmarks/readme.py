@@ -1,4 +1,4 @@
-"""Writes the generated parts of README.md: `python benchmarks/readme.py`.
+"""Writes the generated parts of README.md and docs/choose.md: `python benchmarks/readme.py`.
 
 Tables come from the registry, the weights table and `benchmarks/results/`; a test renders them again and compares.
 """
@@ -7,7 +7,9 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from timm_attn import list_attn
 from timm_attn.lab.listing import attentions_table, markdown_table, models_table
 from timm_attn.weights import weights_table
 
@@ -27,30 +29,53 @@ def parity_table() -> str:
 
 
 def bytes_table() -> str:
-    """Bytes kept for backward, eager and fused, beside the plain model's."""
+    """Bytes kept for backward, eager and fused, with the ratio to the plain model's."""
     rows = {r['model']: r for r in json.loads((RESULTS / 'memory.json').read_text())['rows']}
 
     def cell(name: str) -> str:
-        return f'{rows[name]["kept_bytes"] / 1e6:.1f} MB ({rows[name]["ratio"]:.2f})'
+        return f'{rows[name]["kept_bytes"] / 1e6:.1f} MB ({rows[name]["kept_bytes_ratio"]:.2f})'
 
     names = [n for n in rows if f'{n} fused' in rows]
     return markdown_table(('model', 'eager', 'fused'), [(n, cell(n), cell(f'{n} fused')) for n in names])
 
 
+def _cells(**wanted: object) -> list[dict[str, Any]]:
+    """The measured cells of batch 4 at 224 pixels and depth 50, with each row's ratio by kind."""
+    wanted = {'batch': 4, 'size': 224, 'depth': 50, **wanted}
+    cells = [
+        c for c in json.loads((RESULTS / 'speed.json').read_text()) if all(c[k] == v for k, v in wanted.items())]
+    for cell in cells:
+        cell['ratios'] = {r['model'].removeprefix(f'{cell["attn"]}_resnet50').strip(): r['ratio'] for r in cell['rows']}
+    return cells
+
+
 def times_table() -> str:
     """Time beside the plain model's, in float32: eager, fused, frozen, and the fastest of the peers in the same run."""
     lines = []
-    for cell in json.loads((RESULTS / 'speed.json').read_text()):
-        if cell['dtype'] != 'float32':
-            continue
-        name = f'{cell["attn"]}_resnet50'
-        ratios = {r['model']: r['ratio'] for r in cell['rows']}
-        peers = {k: v for k, v in ratios.items() if not k.startswith(('plain', name))}
+    for cell in _cells(dtype='float32'):
+        ratios = cell['ratios']
+        peers = {k: v for k, v in ratios.items() if not k.startswith('plain') and k not in ('', 'fused', 'frozen')}
         best = min(peers, key=peers.__getitem__) if peers else None
-        ours = [f'{ratios[k]:.2f}' if k in ratios else '-' for k in (name, f'{name} fused', f'{name} frozen')]
+        ours = [f'{ratios[k]:.2f}' if k in ratios else '-' for k in ('', 'fused', 'frozen')]
         peer = f'{peers[best]:.2f} ({best.removeprefix(cell["attn"]).strip()})' if best else '-'
         lines.append((cell['attn'], cell['mode'], *ours, peer))
     return markdown_table(('attention', 'mode', 'eager', 'fused', 'frozen', 'fastest peer'), lines)
+
+
+def costs_table() -> str:
+    """What each attention costs a ResNet-50: time and memory beside the plain model's, eager and at its best."""
+    memory = {r['model']: r for r in json.loads((RESULTS / 'memory.json').read_text())['rows']}
+    lines = []
+    for attn in list_attn():
+        times = []
+        for mode, fused in (('inference', 'frozen'), ('train', 'fused')):
+            for dtype in ('float32', 'bfloat16'):
+                found = _cells(attn=attn, mode=mode, dtype=dtype)
+                times.append(f'{found[0]["ratios"][""]:.2f} / {found[0]["ratios"][fused]:.2f}' if found else '-')
+        kept = f'{memory[attn]["kept_bytes_ratio"]:.2f} / {memory[f"{attn} fused"]["kept_bytes_ratio"]:.2f}'
+        lines.append((attn, *times, kept))
+    head = ('attention', 'inference', 'inference, bf16', 'training', 'training, bf16', 'kept for backward')
+    return markdown_table(head, lines)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -61,15 +86,17 @@ TABLES: dict[str, Callable[[], str]] = {
     'bytes': bytes_table,
     'times': times_table,
 }
+CHOICE: dict[str, Callable[[], str]] = {'costs': costs_table}
 
 
-def render(text: str) -> str:
-    """The README with its tables made again.
+def render(text: str, tables: dict[str, Callable[[], str]]) -> str:
+    """A page with its tables made again.
 
     Args:
-        text: The README as it is.
+        text: The page as it is.
+        tables: Name in the page's markers -> table.
     """
-    for name, table in TABLES.items():
+    for name, table in tables.items():
         text, n = re.subn(
             rf'(<!-- table: {name} -->\n).*?(<!-- end -->)',
             lambda m, table=table: f'{m[1]}{table()}\n{m[2]}',
@@ -77,10 +104,12 @@ def render(text: str) -> str:
             flags=re.DOTALL,
         )
         if n != 1:
-            raise ValueError(f"README.md holds the markers of table '{name}' {n} times, expected once.")
+            raise ValueError(f"The page holds the markers of table '{name}' {n} times, expected once.")
     return text
 
 
+PAGES = {ROOT / 'README.md': TABLES, ROOT / 'docs/choose.md': CHOICE}
+
 if __name__ == '__main__':
-    readme = ROOT / 'README.md'
-    readme.write_text(render(readme.read_text()))
+    for path, tables in PAGES.items():
+        path.write_text(render(path.read_text(), tables))

@@ -29,11 +29,12 @@ def target(cell: dict[str, Any]) -> float | None:
     return targets[2] if cell['mode'] == 'train' else targets[cell['dtype'] == 'bfloat16']
 
 
-def kind(label: str, attn: str) -> str:
-    """A row's label without the model's name: 'eager', 'fused', 'plain fused', "timm's layer", ..."""
-    if label.startswith('plain'):
-        return label
-    return label.removeprefix(f'{attn}_resnet50').removeprefix(attn).strip() or 'eager'
+def kinds(cell: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows by their labels without the model's name: 'eager', 'fused', 'plain fused', "timm's layer", ..."""
+    name = f'{cell["attn"]}_resnet{cell["depth"]}'
+    return {
+        r['model'] if r['model'].startswith('plain')
+        else r['model'].removeprefix(name).removeprefix(cell['attn']).strip() or 'eager': r for r in cell['rows']}
 
 
 def verdict(cell: dict[str, Any], ratios: dict[str, float]) -> str:
@@ -45,35 +46,46 @@ def verdict(cell: dict[str, Any], ratios: dict[str, float]) -> str:
         best = min(others, key=others.__getitem__)
         if ours - 1 > max(others[best] - 1, 0) / 2:
             notes.append(f'more than half the overhead of {best}')
-    return '; '.join(notes) or 'met'
+    return '; '.join(notes) or ('met' if goal is not None or others else '')
 
 
 def markdown(cells: list[dict[str, Any]]) -> str:
     first = cells[0]['environment']
     lines = [
-        '# Time beside plain ResNet-50', '',
+        '# Time beside plain ResNets', '',
         f'{first["device"]}, {first["threads"]} thread(s), torch {first["torch"]}, timm {first["timm"]}, '
-        f'{first["capability"]}. Medians of {cells[0]["rounds"]} interleaved rounds [quartiles], as ratios to plain '
-        'eager timm resnet50 in the same round. Made by `python benchmarks/throughput.py`.', '',
-        '| attention | mode | type | batch, size | ratios | |', '|---|---|---|---|---|---|']
+        f'{first["capability"]}. Medians of {cells[0]["rounds"]} interleaved rounds [quartiles], as ratios to '
+        "timm's plain eager ResNet in the same round, and of our best beside the plain one fused or frozen alike. "
+        'Compiling: seconds of the first step of the fused (frozen) model, less a median step; kernels that another '
+        'model of the run has compiled are not compiled again. Made by `python benchmarks/throughput.py`.', '',
+        '| attention | mode | type | batch, size, depth | ratios | beside plain under the same fuse | compiling, s '
+        '| |', '|---|---|---|---|---|---|---|---|']
     for cell in cells:
-        rows = {kind(r['model'], cell['attn']): r for r in cell['rows']}
+        rows = kinds(cell)
         shown = ', '.join(
             f'{k} {r["ratio"]:.3f} [{r["ratio_quartiles"][0]:.3f}, {r["ratio_quartiles"][1]:.3f}]'
             for k, r in rows.items() if k != 'plain')
         ratios = {k: r['ratio'] for k, r in rows.items()}
+        best = 'frozen' if 'frozen' in rows else 'fused'
+        compiling = rows[best]['first'] - rows[best]['median']
         lines.append(
-            f'| {cell["attn"]} | {cell["mode"]} | {cell["dtype"]} | {cell["batch"]}, {cell["size"]} | {shown} | '
+            f'| {cell["attn"]} | {cell["mode"]} | {cell["dtype"]} | {cell["batch"]}, {cell["size"]}, {cell["depth"]} | '
+            f'{shown} | {ratios[best] / ratios[f"plain {best}"]:.3f} | {compiling:.0f} | '
             f'{verdict(cell, ratios)} |')
     return '\n'.join(lines) + '\n'
 
 
 def memory_markdown(report: dict[str, Any]) -> str:
     lines = [
-        '', '# Bytes kept for backward', '',
-        f'Batch {report["batch"]}, {report["size"]}x{report["size"]}, {report["dtype"]}: exact, the same on every '
-        'machine.', '', '| model | bytes | of plain |', '|---|---|---|']
-    lines += [f'| {r["model"]} | {r["kept_bytes"]:,} | {r["ratio"]:.3f} |' for r in report['rows']]
+        '', '# Bytes', '',
+        f'Batch {report["batch"]}, {report["size"]}x{report["size"]}, {report["dtype"]}, made by `python '
+        'benchmarks/memory.py`. Kept: alive after a training-mode forward pass, exact. Peak: the most alive in a step, '
+        "gradients of parameters and the convolutions' working memory included. Moved: operands and results of every "
+        'operation of a step, each counted once; a kernel of a fused block is one operation.', '',
+        '| model | kept | of plain | peak | of plain | moved | of plain |', '|---|---|---|---|---|---|---|']
+    for r in report['rows']:
+        cells = (f'{r[key]:,} | {r[f"{key}_ratio"]:.3f}' for key in ('kept_bytes', 'peak_bytes', 'traffic'))
+        lines.append(f'| {r["model"]} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines) + '\n'
 
 
@@ -84,12 +96,12 @@ def plot(cells: list[dict[str, Any]]) -> None:
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
+    cells = [c for c in cells if (c['batch'], c['size'], c['depth']) == (4, 224, 50)]
     panels = list(dict.fromkeys((c['mode'], c['dtype']) for c in cells))
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), sharey=True, squeeze=False)
     for axis, (mode, dtype) in zip(axes[0], panels, strict=True):
         for x, cell in enumerate(c for c in cells if (c['mode'], c['dtype']) == (mode, dtype)):
-            for row in cell['rows']:
-                name = kind(row['model'], cell['attn'])
+            for name, row in kinds(cell).items():
                 if name.startswith('plain'):
                     continue
                 ours = name in ('eager', 'fused', 'frozen')

@@ -2,6 +2,7 @@
 
     python benchmarks/throughput.py                      # all cells, about an hour on one core
     python benchmarks/throughput.py --attn se cbam --mode train --dtype float32
+    python benchmarks/throughput.py --attn se cbam --size 128 --depth 18   # how cost grows
     python benchmarks/throughput.py --smoke              # one round, nothing written: does it run?
 
 Each cell (attention, mode, type) is one run whose baseline is measured in the same rounds. Cells are written to
@@ -21,18 +22,22 @@ from timm_attn._checks import atomic_write
 from timm_attn.bench import DTYPES, MODES, entrants, environment, rounds_of, summary, table
 
 RESULTS = Path(__file__).parent / 'results'
+KEY = ('attn', 'mode', 'dtype', 'batch', 'size', 'depth')
 
 
 def cell(attn: str, mode: str, dtype: str, args: argparse.Namespace) -> dict[str, object]:
-    name = f'{attn}_resnet50'
-    builds = {**entrants([name], 'resnet50', mode), **peers(attn)}
+    name = f'{attn}_resnet{args.depth}'
+    builds = entrants([name], f'resnet{args.depth}', mode)
+    if args.depth == 50:
+        builds |= peers(attn)
     found = rounds_of(
         builds, mode, batch=args.batch, size=args.size, dtype=dtype, rounds=args.rounds, device=args.device)
     rows = summary(found)
-    print(f'\n{attn}, {mode}, {dtype}, batch {args.batch}, {args.size} pixels\n{table(rows)}', flush=True)
+    title = f'{name}, {mode}, {dtype}, batch {args.batch}, {args.size} pixels'
+    print(f'\n{title}\n{table(rows)}', flush=True)
     return {
-        'attn': attn, 'mode': mode, 'dtype': dtype, 'batch': args.batch, 'size': args.size, 'rounds': args.rounds,
-        'environment': environment(args.device), 'rows': rows}
+        'attn': attn, 'mode': mode, 'dtype': dtype, 'batch': args.batch, 'size': args.size, 'depth': args.depth,
+        'rounds': args.rounds, 'environment': environment(args.device), 'rows': rows}
 
 
 def main() -> None:
@@ -42,6 +47,7 @@ def main() -> None:
     parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=list(DTYPES))
     parser.add_argument('--batch', type=int, default=4)
     parser.add_argument('--size', type=int, default=224)
+    parser.add_argument('--depth', type=int, default=50)
     parser.add_argument('--rounds', type=int, default=10)
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
@@ -56,8 +62,8 @@ def main() -> None:
     for attn in args.attn:
         for mode in args.mode:
             for dtype in args.dtype:
-                key = (attn, mode, dtype, args.batch, args.size)
-                same = [c for c in cells if (c['attn'], c['mode'], c['dtype'], c['batch'], c['size']) == key]
+                key = (attn, mode, dtype, args.batch, args.size, args.depth)
+                same = [c for c in cells if tuple(c[k] for k in KEY) == key]
                 if same and not args.again:
                     print(f'{key} is there', file=sys.stderr)
                     continue

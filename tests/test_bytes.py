@@ -5,7 +5,7 @@ import timm
 import torch
 
 import timm_attn
-from timm_attn.bench import kept_bytes
+from timm_attn.bench import kept_bytes, peak_bytes, traffic_bytes
 from timm_attn.fusion import fuse
 
 # Batch 2 in float32: eager and fused at 64x64, fused at 224x224, and the target for that over plain ResNet-50's.
@@ -54,6 +54,24 @@ def test_kept_bytes_count_what_a_closure_holds() -> None:
             return x * 2
 
     assert kept_bytes(Holder(), torch.zeros(100)) == 1000 + 400
+
+
+def test_moved_bytes_are_operands_and_results() -> None:
+    class Twice(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x.view(10, 10) * 2).t()
+
+    # 100 floats: times 2 reads and writes them, the sum reads them and writes one; views move nothing. Backward: a
+    # 1 like the sum, of which the sum's gradient is a view, which times 2 is read and written.
+    x = torch.zeros(100, requires_grad=True)
+    assert traffic_bytes(Twice(), x) == 4 * (200 + 101 + 2 + 200)
+
+
+def test_fused_block_moves_and_holds_less_than_the_eager_one() -> None:
+    model, x = timm.create_model('cbam_resnet18').train(), torch.zeros(2, 3, 64, 64)
+    eager = traffic_bytes(model, x), peak_bytes(model, x)
+    fuse(model, compile=False)
+    assert traffic_bytes(model, x) < eager[0] and kept_bytes(model, x) < peak_bytes(model, x) < eager[1]
 
 
 def test_nothing_stays_after_backward() -> None:

@@ -1,4 +1,4 @@
-"""DistributedDataParallel: gradients of 2 processes equal those of one process on the joined batch, for each attention.
+"""DistributedDataParallel: gradients of 2 processes equal those of one on the joined batch, for each attention, fused too.
 
 The file is also the script that each of the 2 processes runs.
 """
@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +65,12 @@ def work(rank: int, folder: Path) -> None:
     x, y = (t.chunk(PROCESSES)[rank] for t in batch())
     found = {}
     for name in timm_attn.list_attn():
-        # Other weights on rank 1, which DDP has to replace by those of rank 0.
-        model = DistributedDataParallel(build(name, seed=rank), find_unused_parameters=False)
-        gradients(model, x, y)
-        # The second forward raises if a parameter was not used in the first.
-        found[name] = gradients(model, x, y)
+        for label, change in (name, nn.Identity()), (f'{name} fused', partial(timm_attn.fuse, compile=False)):
+            # Other weights on rank 1, which DDP has to replace by those of rank 0.
+            model = DistributedDataParallel(change(build(name, seed=rank)), find_unused_parameters=False)
+            gradients(model, x, y)
+            # The second forward raises if a parameter was not used in the first.
+            found[label] = gradients(model, x, y)
     torch.save(found, folder / f'{rank}.pt')
     distributed.destroy_process_group()
 
@@ -101,14 +103,16 @@ def test_gradients_of_two_processes_equal_those_of_one_on_the_joined_batch(tmp_p
 
     for rank in range(PROCESSES):
         found = torch.load(tmp_path / f'{rank}.pt', weights_only=True)
-        assert found.keys() == expected.keys()
-        for name, reference in expected.items():
+        assert set(found) == {label for name in expected for label in (name, f'{name} fused')}
+        for label in found:
+            name = label.removesuffix(' fused')
+            reference = expected[name]
             parameters = [k for k, _ in models[name].named_parameters()]
-            assert list(reference) == parameters and list(found[name]) == parameters, f'{name}: unused parameters'
+            assert list(reference) == parameters and list(found[label]) == parameters, f'{label}: unused parameters'
             for key, grad in reference.items():
-                assert grad.abs().max() > 0, f'{name}: no gradient reaches {key}'
+                assert grad.abs().max() > 0, f'{label}: no gradient reaches {key}'
                 torch.testing.assert_close(
-                    found[name][key], grad, rtol=1e-9, atol=1e-12, msg=lambda m, at=f'{name} {key}': f'{at}: {m}'
+                    found[label][key], grad, rtol=1e-9, atol=1e-12, msg=lambda m, at=f'{label} {key}': f'{at}: {m}'
                 )
 
 

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 import timm_attn
 from timm_attn.explain import attention_maps
 from timm_attn.fusion import _blocks as blocks
+from timm_attn.fusion import _kernels as kernels
 from timm_attn.fusion import fuse
-from timm_attn.fusion._compile import compiler_works
+from timm_attn.fusion._compile import Kernel, compiler_works, kernel
+from timm_attn.fusion._functions import gate_conv
 
 SMALL: dict[str, dict[str, Any]] = {
     'resnet26': {},
@@ -94,7 +96,9 @@ def test_fused_model_has_the_outputs_gradients_and_statistics_of_the_eager_one(n
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', [*CHANNEL_GATES, 'cbam_resnet18', 'sk_resnet50'])
+@pytest.mark.parametrize(
+    'name',
+    [*CHANNEL_GATES, 'cbam_resnet18', 'triplet_resnet18', 'bam_resnet18', 'csa_resnet18', 'sk_resnet50'])
 def test_compiled_model_has_the_outputs_gradients_and_statistics_of_the_eager_one(name: str, compiler: None) -> None:
     eager = build(name)
     fused = fuse(copy.deepcopy(eager))
@@ -103,6 +107,59 @@ def test_compiled_model_has_the_outputs_gradients_and_statistics_of_the_eager_on
         check_equal(step(fused.train(training), x), step(eager.train(training), x), 1e-10)
     with torch.no_grad():
         check_equal({'output': fused(x)}, {'output': eager(x)}, 1e-10)
+
+
+@pytest.mark.slow
+def test_one_compiled_graph_serves_all_sizes(compiler: None) -> None:
+    eager = build('cbam_resnet18')
+    fused = fuse(copy.deepcopy(eager))
+    step(fused, images())
+    before = {name: len(k.graphs) for name, k in vars(kernels).items() if isinstance(k, Kernel)}
+    # Square, with sides that are equal to each other and to the channels of some stage, and as large as no map before.
+    for shape in ((4, 3, 64, 64), (2, 3, 256, 256), (5, 3, 97, 131)):
+        x = torch.randn(shape, dtype=torch.float64)
+        check_equal(step(fused, x), step(eager, x), 1e-10)
+    assert before == {name: len(k.graphs) for name, k in vars(kernels).items() if isinstance(k, Kernel)}
+    one = torch.randn(1, 3, 32, 32, dtype=torch.float64)  # maps of one pixel
+    check_equal(step(fused.eval(), one), step(eager.eval(), one), 1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['cbam_resnet18', 'triplet_resnet18'])
+def test_compiled_channels_last_model_has_the_numbers_of_the_eager_one(name: str, compiler: None) -> None:
+    eager = build(name).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    fused = fuse(copy.deepcopy(eager))
+    x = images().to(memory_format=torch.channels_last)
+    check_equal(step(fused, x), step(eager, x), 1e-10)
+
+
+def test_a_kernel_that_cannot_be_compiled_warns_once_and_computes_all_the_same() -> None:
+    @kernel
+    def odd(x: Tensor) -> tuple[Tensor]:
+        if x.sum().item() > 0:  # depends on data, so there is no graph
+            x = x + 1
+        return (x * 2,)
+
+    x = torch.ones(3)
+    with pytest.warns(UserWarning, match=r'cannot compile odd\(\).*stays slow'):
+        (y,) = odd(True, x)
+    (again,) = odd(True, x)
+    assert torch.equal(y, torch.full((3,), 4.0)) and torch.equal(again, y)
+
+
+@pytest.mark.parametrize('size', [(7, 7), (40, 9), (3, 12), (8, 64), (2, 30), (1, 5)], ids=str)
+@pytest.mark.parametrize('kernel_size', [3, 7])
+def test_convolutions_of_gates_are_torchs(size: tuple[int, int], kernel_size: int) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False).double()
+    x = torch.randn(2, 2, *size, dtype=torch.float64, requires_grad=True)
+    want = conv(x)
+    g = torch.randn_like(want)
+    gx, gweight = torch.autograd.grad(want, (x, conv.weight), g)
+    ours = gate_conv(conv, x)
+    found = torch.autograd.grad(ours, (x, conv.weight), g)
+    for a, b in zip((ours, *found), (want, gx, gweight), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import itertools
 import json
 import platform
 import statistics
@@ -11,13 +12,17 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from ._checks import atomic_write
 from .fusion import fuse
+from .fusion._compile import Kernel
 
 MODES = ('inference', 'train')
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
@@ -36,15 +41,79 @@ def kept_bytes(model: nn.Module, x: Tensor) -> int:
         model: Any model.
         x: Its input.
     """
-    model(x)  # pays for what is allocated once
+    return sum(_memory_events(lambda: model(x), x.device))
+
+
+def peak_bytes(model: nn.Module, x: Tensor) -> int:
+    """The most bytes alive at any time of a forward and a backward pass, beyond those before it.
+
+    Gradients of parameters and what convolutions work in are among them.
+
+    Args:
+        model: Any model.
+        x: Its input.
+    """
+    def step() -> None:
+        model(x).float().sum().backward()
+        model.zero_grad()
+
+    return max(itertools.accumulate(_memory_events(step, x.device)))
+
+
+def _memory_events(run: Callable[[], Any], device: torch.device) -> list[int]:
+    """Bytes of each allocation, and of each release less than 0, in their order."""
+    run()  # pays for what is allocated once
     gc.collect()  # so that nothing of it is released while counting
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
-        y = model(x)
+        held = run()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    events: list[Any] = list(profile.profiler.kineto_results.events())
-    del y
-    return sum(e.nbytes() for e in events if e.name() == '[memory]' and e.device_type().name.lower() == x.device.type)
+    events: list[Any] = [
+        e for e in profile.profiler.kineto_results.events()
+        if e.name() == '[memory]' and e.device_type().name.lower() == device.type]
+    del held
+    return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+
+
+class _Traffic(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        # What only looks at a tensor in another way, or makes one without writing to it, moves nothing.
+        if not func.is_view and 'empty' not in func.name() and func.name() != 'aten::detach':
+            self.count((args, kwargs, out))
+        return out
+
+    def count(self, tree: Any) -> None:
+        self.bytes += sum(t.numel() * t.element_size() for t in tree_leaves(tree) if isinstance(t, Tensor))
+
+
+def traffic_bytes(model: nn.Module, x: Tensor) -> int:
+    """Bytes that the operations of a training step read and write, each operand and each result counted once.
+
+    Exact, and the same on every machine; what an operation reads twice and what stays in a cache is not seen. A kernel
+    of a fused block is one operation.
+
+    Args:
+        model: Any model.
+        x: Its input.
+    """
+    traffic = _Traffic()
+
+    def call(kernel: Kernel, compiled: bool, *args: Any) -> Any:
+        with _disable_current_modes():
+            out = uncounted(kernel, compiled, *args)
+        traffic.count((args, out))
+        return out
+
+    uncounted = Kernel.__call__
+    with mock.patch.object(Kernel, '__call__', call), traffic:
+        model(x).float().sum().backward()
+    model.zero_grad()
+    return traffic.bytes
 
 
 def entrants(names: list[str], baseline: str, mode: str, compile: bool = True) -> dict[str, Build]:

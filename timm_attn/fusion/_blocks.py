@@ -73,7 +73,7 @@ def _gated(
         y: (N, C, H, W)
         a: (1, C, 1, 1), or None for x = y.
         b: Like a.
-        found: The statistics of x's planes that the attention takes, (N, C, 1, 1) each.
+        found: The statistics of x's planes that the attention takes, (N, C) each.
         keep: Drop-path's mask (N, 1, 1, 1), or None.
         shortcut: (N, C, H, W)
         a1: Like a.
@@ -84,7 +84,7 @@ def _gated(
             cw, hc, *hw = pooled
             # (N, C, 2, W) and (N, C, H, 2), as the planes (N, 2, C, W) and (N, 2, H, C)
             gates = attn.gates_of([cw.transpose(1, 2), hc.transpose(1, 3), *hw])
-            return [gate * (attn.gain / len(gates)) for gate in gates]
+            return [_scaled(gate, attn.gain / len(gates)) for gate in gates]
 
         dims = (2, 3, 1) if attn.spatial else (2, 3)
         return gated_pooled_sum(compiled, y, a, b, None, dims, _masked(of_planes, keep), True, shortcut, a1, b1)
@@ -96,18 +96,22 @@ def _gated(
             # In the precision of the statistics: what is so small gains nothing by autocast, and pays for casts.
             dtype = next(attn.parameters()).dtype
             with torch.autocast(y.device.type, enabled=False):
-                channels = cast(Tensor, cast(Any, attn).gate_of(*(f.flatten(1).to(dtype) for f in found)))
+                channels = cast(Tensor, cast(Any, attn).gate_of(*(f.to(dtype) for f in found)))
         if isinstance(attn, CBAM) and attn.spatial:
             def of_pixels(pooled: list[Tensor]) -> list[Tensor]:
-                return [attn.gate_of_pixels(pooled[0]) * attn.gain]
+                return [_scaled(attn.gate_of_pixels(pooled[0]), attn.gain)]
 
             return gated_pooled_sum(
                 compiled, y, a, b, channels, (1,), _masked(of_pixels, keep), False, shortcut, a1, b1)
         assert channels is not None
-        channels = channels * attn.gain
+        channels = _scaled(channels, attn.gain)
     if keep is not None:
         channels = keep if channels is None else channels * keep
     return gated_sum(compiled, y, a, b, channels, shortcut, a1, b1)
+
+
+def _scaled(gate: Tensor, gain: float) -> Tensor:
+    return gate if gain == 1 else gate * gain
 
 
 def _masked(

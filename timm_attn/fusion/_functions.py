@@ -79,7 +79,7 @@ def norm(compiled: bool, bn: nn.BatchNorm2d, y: Tensor, names: tuple[str, ...] =
         names: Statistics of BN(y)'s planes, as in `kernels.norm`.
 
     Returns:
-        y, a and b (1, C, 1, 1), and the statistics (N, C, 1, 1).
+        y, a and b (1, C, 1, 1), and the statistics (N, C).
     """
     return cast(tuple[Tensor, ...], _Norm.apply(compiled, bn, names, y, bn.weight, bn.bias))
 

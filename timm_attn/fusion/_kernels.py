@@ -56,8 +56,8 @@ def norm(
         names: The statistics: 'mean', 'var' (unbiased, 0 for a single pixel) and 'peak'.
 
     Returns:
-        a, b, center and spread, all (1, C, 1, 1); mean and variance of y's planes and the value of y at the peak, or
-        None where no one needs them, and the statistics by name, all (N, C, 1, 1).
+        a, b, center and spread, all (1, C, 1, 1); mean and variance of y's planes and the value of y at the peak
+        (N, C, 1, 1), or None where no one needs them; and the statistics by name (N, C).
     """
     y = _up(y)
     mean = var = pick = None
@@ -77,12 +77,18 @@ def norm(
     b = bias[None, :, None, None] - center * a
     if 'peak' in names:
         pick = torch.where(a >= 0, y.amax((2, 3), keepdim=True), y.amin((2, 3), keepdim=True))
-    shown = {
-        'mean': None if mean is None else mean * a + b,
-        'var': None if var is None else var * a.square() * _unbiased(y.shape[2] * y.shape[3]),
-        'peak': None if pick is None else pick * a + b,
-    }
-    return a, b, center, spread, mean, var, pick, *(shown[name] for name in names)
+    shown: list[Tensor] = []
+    for name in names:
+        if name == 'mean':
+            assert mean is not None
+            shown.append(mean * a + b)
+        elif name == 'var':
+            assert var is not None
+            shown.append(var * a.square() * _unbiased(y.shape[2] * y.shape[3]))
+        else:
+            assert pick is not None
+            shown.append(pick * a + b)
+    return a, b, center, spread, mean, var, pick, *(x.flatten(1) for x in shown)
 
 
 @kernel
@@ -98,7 +104,7 @@ def plane_statistics(y: Tensor, names: tuple[str, ...]) -> tuple[Tensor, ...]:
             found.append((y - mean).square().mean((2, 3), keepdim=True) * _unbiased(y.shape[2] * y.shape[3]))
         else:
             found.append(y.amax((2, 3), keepdim=True))
-    return tuple(found)
+    return tuple([x.flatten(1) for x in found])
 
 
 @overwriting
@@ -130,6 +136,7 @@ def norm_backward(
     slope: Tensor | float = 0.0
     offset: Tensor | float = 0.0
     peaks: Tensor | None = None
+    gmean, gvar, gpeak = [None if x is None else x[:, :, None, None] for x in (gmean, gvar, gpeak)]
     if gmean is not None:
         assert mean is not None
         ga, gb = ga + (gmean * mean).sum(0, keepdim=True), gb + gmean.sum(0, keepdim=True)
