@@ -28,7 +28,7 @@ KEY = ('attn', 'mode', 'dtype', 'batch', 'size', 'depth')
 def cell(attn: str, mode: str, dtype: str, args: argparse.Namespace) -> dict[str, object]:
     name = f'{attn}_resnet{args.depth}'
     builds = entrants([name], f'resnet{args.depth}', mode)
-    if args.depth == 50:
+    if (args.depth, args.size) == (50, 224):  # pytorchcv's models take no other size
         builds |= peers(attn)
     found = rounds_of(
         builds, mode, batch=args.batch, size=args.size, dtype=dtype, rounds=args.rounds, device=args.device)

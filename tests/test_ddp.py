@@ -1,6 +1,6 @@
-"""DistributedDataParallel: gradients of 2 processes equal those of one on the joined batch, for each attention, fused too.
+"""DistributedDataParallel: gradients of 2 processes equal those of one on the joined batch, for each attention.
 
-The file is also the script that each of the 2 processes runs.
+Models are eager and fused. The file is also the script that each of the 2 processes runs.
 """
 
 import os

@@ -8,7 +8,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import timm
@@ -23,6 +23,7 @@ from timm_attn.fusion import _kernels as kernels
 from timm_attn.fusion import fuse
 from timm_attn.fusion._compile import Kernel, compiler_works, kernel
 from timm_attn.fusion._functions import gate_conv
+from timm_attn.layers import SqueezeExcite, TripletAttention
 
 SMALL: dict[str, dict[str, Any]] = {
     'resnet26': {},
@@ -334,6 +335,35 @@ def test_replaced_parts_take_the_ordinary_way() -> None:
     eager = build('se_resnet18')
     eager.get_submodule('layer1.0').bn1 = nn.GroupNorm(4, 64).double()
     eager.get_submodule('layer2.0').act1 = nn.GELU()
+    fused = fuse(copy.deepcopy(eager), compile=False)
+    check_equal(step(fused, images()), step(eager, images()), 1e-10)
+
+
+def test_an_attention_of_ones_own_is_computed_by_its_own_forward_pass() -> None:
+    class Half(SqueezeExcite):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) / 2
+
+    class Doubled(TripletAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    for name, cls in ('se_resnet18', Half), ('triplet_resnet18', Doubled):
+        eager = build(name)
+        cast(Any, eager.get_submodule('layer1.0')).se.__class__ = cls
+        fused = fuse(copy.deepcopy(eager), compile=False)
+        check_equal(step(fused, images()), step(eager, images()), 1e-10)
+
+
+@pytest.mark.parametrize('name', ['cbam_resnet18', 'triplet_resnet18', 'srm_resnet18'])
+@pytest.mark.parametrize('args', [{'start': 'identity'}, {'start': 'paper'}], ids=str)
+def test_gains_and_parts_left_out_are_kept(name: str, args: dict[str, Any]) -> None:
+    attn = name.split('_')[0]
+    options = {'cbam': {'channel': False}, 'triplet': {'spatial': False}}.get(attn, {})
+    plain = timm.create_model('resnet18', num_classes=5, layers=(1, 1, 1, 1)).double()
+    eager = timm_attn.inject(plain, attn, **args, **options)
+    for p in eager.parameters():
+        p.data += 0.05 * torch.randn_like(p)
     fused = fuse(copy.deepcopy(eager), compile=False)
     check_equal(step(fused, images()), step(eager, images()), 1e-10)
 

@@ -79,7 +79,7 @@ def _gated(
         a1: Like a.
         b1: Like a.
     """
-    if isinstance(attn, TripletAttention):
+    if type(attn) is TripletAttention:
         def of_planes(pooled: list[Tensor]) -> list[Tensor]:
             cw, hc, *hw = pooled
             # (N, C, 2, W) and (N, C, H, 2), as the planes (N, 2, C, W) and (N, 2, H, C)
@@ -90,14 +90,14 @@ def _gated(
         return gated_pooled_sum(compiled, y, a, b, None, dims, _masked(of_planes, keep), True, shortcut, a1, b1)
     channels = None
     if attn is not None:
-        if not isinstance(attn, Attention) or not attn.statistics:
+        if not isinstance(attn, Attention) or not _declared(attn):
             return None
         if found:
             # In the precision of the statistics: what is so small gains nothing by autocast, and pays for casts.
             dtype = next(attn.parameters()).dtype
             with torch.autocast(y.device.type, enabled=False):
                 channels = cast(Tensor, cast(Any, attn).gate_of(*(f.to(dtype) for f in found)))
-        if isinstance(attn, CBAM) and attn.spatial:
+        if type(attn) is CBAM and attn.spatial:
             def of_pixels(pooled: list[Tensor]) -> list[Tensor]:
                 return [_scaled(attn.gate_of_pixels(pooled[0]), attn.gain)]
 
@@ -121,11 +121,14 @@ def _masked(
     return gates_of if keep is None else lambda pooled: [gate * keep for gate in gates_of(pooled)]
 
 
+def _declared(attn: nn.Module | None) -> tuple[str, ...]:
+    """The attention's `statistics`; not those of a base class, whose forward pass may have been replaced."""
+    return vars(type(attn)).get('statistics', ())
+
+
 def _names(attn: nn.Module | None) -> tuple[str, ...]:
     """The statistics of planes that the attention takes."""
-    if not isinstance(attn, Attention) or (isinstance(attn, CBAM) and not attn.channel):
-        return ()
-    return attn.statistics
+    return () if isinstance(attn, CBAM) and not attn.channel else _declared(attn)
 
 
 def _tail(block: Any, bn: Any, y: Tensor, x: Tensor) -> Tensor:
@@ -329,7 +332,7 @@ def fuse(model: nn.Module, *, freeze: bool = False, compile: bool = True) -> nn.
         model: A registered or injected model, or timm's plain ResNet.
         freeze: For inference only: put the model into eval mode and fold each BatchNorm into the convolution before
             it. The BatchNorms' keys vanish, and the convolutions get biases.
-        compile: Compile the passes between convolutions with torch.compile, once for all blocks (up to a minute, at
+        compile: Compile the passes between convolutions with torch.compile, once for all blocks (some seconds, at
             the first passes); without it, blocks keep less but are not faster.
 
     Returns:
