@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_attn.lab.compare import Comparison, compare, load_runs, write_report
+from timm_attn.lab.compare import compare, load_runs, write_report
+from timm_attn.lab.comparison import Comparison
 from timm_attn.lab.data import Data, load_data
 from timm_attn.lab.train import Entry, Settings, initial_model
 
@@ -22,7 +23,8 @@ Cli = Callable[..., None]
 CHILD = """
     import sys
     import torch
-    from timm_attn.lab.compare import Comparison, compare
+    from timm_attn.lab.compare import compare
+    from timm_attn.lab.comparison import Comparison
     from timm_attn.lab.data import Data, Images, load_data
     from timm_attn.lab.train import Entry, Settings
 

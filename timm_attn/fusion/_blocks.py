@@ -332,7 +332,7 @@ def fuse(model: nn.Module, *, freeze: bool = False, compile: bool = True) -> nn.
         model: A registered or injected model, or timm's plain ResNet.
         freeze: For inference only: put the model into eval mode and fold each BatchNorm into the convolution before
             it. The BatchNorms' keys vanish, and the convolutions get biases.
-        compile: Compile the passes between convolutions with torch.compile, once for all blocks (some seconds, at
+        compile: Compile the passes between convolutions with torch.compile, once for all blocks (up to a minute, at
             the first passes); without it, blocks keep less but are not faster.
 
     Returns:

@@ -26,59 +26,13 @@ from timm.utils import ParseKwargs
 
 from .._checks import atomic_write, require
 from . import plots, tables
+from .comparison import Comparison
 from .data import DATA, Data, load_data
+from .export import best_run, export
 from .presets import PRESETS, SMOKE_IMAGES, SMOKE_SEEDS, SMOKE_SETTINGS
 from .train import Entry, Report, Settings, run, run_id
 
 _DEFAULTS: dict[str, Any] = dict(epochs=15, batch_size=64)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Models, seeds, data and settings: everything that decides the numbers.
-
-    Args:
-        models: The first is what the others are compared with.
-        data: Images of both splits.
-        settings: Of the training.
-        seeds: How many; they are 0, 1, ...
-    """
-
-    models: tuple[Entry, ...]
-    data: Data
-    settings: Settings
-    seeds: int
-
-    def __post_init__(self) -> None:
-        if not self.models:
-            raise ValueError('No models: name at least one.')
-        labels = [m.label for m in self.models]
-        if len({run_id(m, 0) for m in self.models}) < len(labels):
-            raise ValueError(f'Each model needs a label of its own, got {labels}.')
-        if self.seeds < 1:
-            raise ValueError(f"'seeds' (={self.seeds}) must be at least 1.")
-
-    def runs(self) -> list[tuple[Entry, int]]:
-        """All runs, seed by seed, so that a comparison cut short has whole seeds."""
-        return [(m, s) for s in range(self.seeds) for m in self.models]
-
-    def plain(self) -> dict[str, Any]:
-        """What `comparison.json` holds."""
-        data = self.data
-        held = dict(
-            models=[asdict(m) for m in self.models],
-            seeds=self.seeds,
-            data=dict(
-                name=data.name,
-                train=len(data.train),
-                val=len(data.val),
-                classes=len(data.classes),
-                augment=data.augment,
-                fingerprint=data.fingerprint(),
-            ),
-            settings=asdict(self.settings),
-        )
-        return json.loads(json.dumps(held))
 
 
 def compare(
@@ -425,8 +379,6 @@ def _main(args: argparse.Namespace) -> None:
 
 
 def _save_best(comparison: Comparison, runs: list[dict[str, Any]], out: Path) -> None:
-    from .export import best_run, export  # It imports this module.
-
     found = best_run(comparison, runs)
     if found is None:
         raise ValueError("--save-best: timm's ResNets have no keyword for the 3x3 stem, so none of these can be saved.")

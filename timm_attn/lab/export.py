@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .._folder import save
-from .compare import Comparison
+from .comparison import Comparison
 from .train import Entry, build, weights_path
 
 

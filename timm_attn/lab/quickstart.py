@@ -11,7 +11,8 @@ from typing import Any
 
 from .._checks import atomic_write
 from . import plots, tables
-from .compare import Comparison, compare, write_report
+from .compare import compare, write_report
+from .comparison import Comparison
 from .data import load_data
 from .export import best_run, export, sample
 from .presets import PRESETS, SMOKE_IMAGES, SMOKE_SETTINGS
