@@ -114,7 +114,7 @@ def test_compiled_model_has_the_outputs_gradients_and_statistics_of_the_eager_on
 def test_one_compiled_graph_serves_all_sizes(compiler: None) -> None:
     eager = build('cbam_resnet18')
     fused = fuse(copy.deepcopy(eager))
-    step(fused, images())
+    check_equal(step(fused, images()), step(eager, images()), 1e-10)
     before = {name: len(k.graphs) for name, k in vars(kernels).items() if isinstance(k, Kernel)}
     # Square, with sides that are equal to each other and to the channels of some stage, and as large as no map before.
     for shape in ((4, 3, 64, 64), (2, 3, 256, 256), (5, 3, 97, 131)):
@@ -361,7 +361,7 @@ def test_gains_and_parts_left_out_are_kept(name: str, args: dict[str, Any]) -> N
     attn = name.split('_')[0]
     options = {'cbam': {'channel': False}, 'triplet': {'spatial': False}}.get(attn, {})
     plain = timm.create_model('resnet18', num_classes=5, layers=(1, 1, 1, 1)).double()
-    eager = timm_attn.inject(plain, attn, **args, **options)
+    eager = timm_attn.inject(plain, attn, **args, **options)  # pyright: ignore[reportArgumentType]
     for p in eager.parameters():
         p.data += 0.05 * torch.randn_like(p)
     fused = fuse(copy.deepcopy(eager), compile=False)
