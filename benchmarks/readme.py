@@ -3,13 +3,14 @@
 Tables come from the registry, the weights table and `benchmarks/results/`; a test renders them again and compares.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from timm_attn import list_attn
+from timm_attn.bench import OURS, fastest_peer, kinds
 from timm_attn.lab.listing import attentions_table, markdown_table, models_table
 from timm_attn.weights import weights_table
 
@@ -39,27 +40,25 @@ def bytes_table() -> str:
     return markdown_table(('model', 'eager', 'fused'), [(n, cell(n), cell(f'{n} fused')) for n in names])
 
 
-def _cells(**wanted: object) -> list[dict[str, Any]]:
-    """The measured cells of batch 4 at 224 pixels and depth 50, with each row's ratio by kind."""
-    wanted = {'batch': 4, 'size': 224, 'depth': 50, **wanted}
-    cells = [
-        c for c in json.loads((RESULTS / 'speed.json').read_text()) if all(c[k] == v for k, v in wanted.items())]
-    for cell in cells:
-        cell['ratios'] = {r['model'].removeprefix(f'{cell["attn"]}_resnet50').strip(): r['ratio'] for r in cell['rows']}
-    return cells
+@functools.cache
+def _ratios() -> dict[tuple[str, str, str], dict[str, float]]:
+    """Attention, mode and type of the cells of batch 4 at 224 pixels and depth 50 -> the ratio of each kind of row."""
+    cells = json.loads((RESULTS / 'speed.json').read_text())
+    return {
+        (c['attn'], c['mode'], c['dtype']): {kind: row['ratio'] for kind, row in kinds(c).items()}
+        for c in cells if (c['batch'], c['size'], c['depth']) == (4, 224, 50)}
 
 
 def times_table() -> str:
     """Time beside the plain model's, in float32: eager, fused, frozen, and the fastest of the peers in the same run."""
     lines = []
-    for cell in _cells(dtype='float32'):
-        ratios = cell['ratios']
-        peers = {k: v for k, v in ratios.items() if not k.startswith('plain') and k not in ('', 'fused', 'frozen')}
-        best = min(peers, key=peers.__getitem__) if peers else None
-        ours = [f'{ratios[k]:.2f}' if k in ratios else '-' for k in ('', 'fused', 'frozen')]
-        peer = f'{peers[best]:.2f} ({best.removeprefix(cell["attn"]).strip()})' if best else '-'
-        lines.append((cell['attn'], cell['mode'], *ours, peer))
-    return markdown_table(('attention', 'mode', 'eager', 'fused', 'frozen', 'fastest peer'), lines)
+    for (attn, mode, dtype), ratios in _ratios().items():
+        if dtype != 'float32':
+            continue
+        best = fastest_peer(ratios)
+        ours = [f'{ratios[k]:.2f}' if k in ratios else '-' for k in OURS]
+        lines.append((attn, mode, *ours, f'{ratios[best]:.2f} ({best})' if best else '-'))
+    return markdown_table(('attention', 'mode', *OURS, 'fastest peer'), lines)
 
 
 def costs_table() -> str:
@@ -70,8 +69,8 @@ def costs_table() -> str:
         times = []
         for mode, fused in (('inference', 'frozen'), ('train', 'fused')):
             for dtype in ('float32', 'bfloat16'):
-                found = _cells(attn=attn, mode=mode, dtype=dtype)
-                times.append(f'{found[0]["ratios"][""]:.2f} / {found[0]["ratios"][fused]:.2f}' if found else '-')
+                ratios = _ratios().get((attn, mode, dtype))
+                times.append(f'{ratios["eager"]:.2f} / {ratios[fused]:.2f}' if ratios else '-')
         kept = f'{memory[attn]["kept_bytes_ratio"]:.2f} / {memory[f"{attn} fused"]["kept_bytes_ratio"]:.2f}'
         lines.append((attn, *times, kept))
     head = ('attention', 'inference', 'inference, bf16', 'training', 'training, bf16', 'kept for backward')

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_attn._checks import atomic_write, require
+from timm_attn.bench import OURS, fastest_peer, kinds
 
 RESULTS = Path(__file__).parent / 'results'
 
@@ -29,24 +30,14 @@ def target(cell: dict[str, Any]) -> float | None:
     return targets[2] if cell['mode'] == 'train' else targets[cell['dtype'] == 'bfloat16']
 
 
-def kinds(cell: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The rows by their labels without the model's name: 'eager', 'fused', 'plain fused', "timm's layer", ..."""
-    name = f'{cell["attn"]}_resnet{cell["depth"]}'
-    return {
-        r['model'] if r['model'].startswith('plain')
-        else r['model'].removeprefix(name).removeprefix(cell['attn']).strip() or 'eager': r for r in cell['rows']}
-
-
 def verdict(cell: dict[str, Any], ratios: dict[str, float]) -> str:
-    ours = min(v for k, v in ratios.items() if k in ('eager', 'fused', 'frozen'))
+    ours = min(v for k, v in ratios.items() if k in OURS)
     goal = target(cell)
     notes = [] if goal is None or ours <= goal else [f'target {goal:.2f} missed']
-    others = {k: v for k, v in ratios.items() if k not in ('eager', 'fused', 'frozen') and not k.startswith('plain')}
-    if others:
-        best = min(others, key=others.__getitem__)
-        if ours - 1 > max(others[best] - 1, 0) / 2:
-            notes.append(f'more than half the overhead of {best}')
-    return '; '.join(notes) or ('met' if goal is not None or others else '')
+    best = fastest_peer(ratios)
+    if best and ours - 1 > max(ratios[best] - 1, 0) / 2:
+        notes.append(f'more than half the overhead of {best}')
+    return '; '.join(notes) or ('met' if goal is not None or best else '')
 
 
 def markdown(cells: list[dict[str, Any]]) -> str:
@@ -105,7 +96,7 @@ def plot(cells: list[dict[str, Any]]) -> None:
             for name, row in kinds(cell).items():
                 if name.startswith('plain'):
                     continue
-                ours = name in ('eager', 'fused', 'frozen')
+                ours = name in OURS
                 color = {'eager': 'tab:orange', 'fused': 'tab:blue', 'frozen': 'tab:green'}.get(name, 'gray')
                 axis.plot(x, row['ratio'] - 1, 'o' if ours else 'x', color=color, label=name if ours else 'peers')
         axis.axhline(0, color='black', linewidth=0.8)

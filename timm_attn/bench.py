@@ -27,6 +27,7 @@ from .fusion._compile import Kernel
 MODES = ('inference', 'train')
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
 BASELINE = 'plain'
+OURS = ('eager', 'fused', 'frozen')
 
 Build = Callable[[], nn.Module]
 
@@ -218,6 +219,24 @@ def summary(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
             'model': label, 'median': statistics.median(seconds), 'quartiles': _quartiles(seconds),
             'ratio': statistics.median(ratios), 'ratio_quartiles': _quartiles(ratios), 'first': times['first']})
     return rows
+
+
+def kinds(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows of a measured cell by their labels without the model's name: 'eager', 'fused', 'plain fused', ...
+
+    Args:
+        cell: Of `benchmarks/results/speed.json`: 'attn', 'depth' and the 'rows' of `summary`.
+    """
+    name = f'{cell["attn"]}_resnet{cell["depth"]}'
+    return {
+        r['model'] if r['model'].startswith(BASELINE)
+        else r['model'].removeprefix(name).removeprefix(cell['attn']).strip() or 'eager': r for r in cell['rows']}
+
+
+def fastest_peer(ratios: Mapping[str, float]) -> str | None:
+    """The kind of row, neither ours nor plain, of the least ratio."""
+    peers = [k for k in ratios if k not in OURS and not k.startswith(BASELINE)]
+    return min(peers, key=ratios.__getitem__) if peers else None
 
 
 def _quartiles(values: list[float]) -> list[float]:

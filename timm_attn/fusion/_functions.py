@@ -20,12 +20,23 @@ _aten = torch.ops.aten
 # ---- BatchNorm: a factor and a summand -------------------------------------------------------------------------------
 
 
-def statistics(bn: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None]:
-    """Means and variances to normalise by (C,); None are those of the batch."""
-    return (None, None) if bn.training else (bn.running_mean, bn.running_var)
+def factors(
+        compiled: bool,
+        bn: nn.BatchNorm2d,
+        y: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        names: tuple[str, ...] = (),
+) -> tuple[Tensor, ...]:
+    """What `kernels.norm` gives for y; in training the batch's statistics, which move the running ones."""
+    known = (None, None) if bn.training else (bn.running_mean, bn.running_var)
+    found = kernels.norm(compiled, y, weight, bias, *known, bn.eps, names)
+    if bn.training:
+        _track(bn, y, *found[2:4])
+    return found
 
 
-def track(bn: nn.BatchNorm2d, y: Tensor, center: Tensor, spread: Tensor) -> None:
+def _track(bn: nn.BatchNorm2d, y: Tensor, center: Tensor, spread: Tensor) -> None:
     """Moves the running statistics as a BatchNorm does for y of these moments."""
     n, momentum = y.numel() // y.shape[1], cast(float, bn.momentum)
     if n < 2:
@@ -47,10 +58,7 @@ class _Norm(torch.autograd.Function):
             weight: Tensor,
             bias: Tensor,
     ) -> tuple[Tensor, ...]:
-        a, b, center, spread, mean, var, pick, *found = kernels.norm(
-            compiled, y, weight, bias, *statistics(bn), bn.eps, names)
-        if bn.training:
-            track(bn, y, center, spread)
+        a, b, center, spread, mean, var, pick, *found = factors(compiled, bn, y, weight, bias, names)
         # What backward does not need is not kept.
         mean, var = (mean if names else None), (var if 'var' in names else None)
         ctx.save_for_backward(y, weight, a, center, spread, mean, var, pick)
@@ -127,9 +135,7 @@ class _NormActConv(torch.autograd.Function):
             bias: Tensor,
             *params: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        a, b, center, spread, *_ = kernels.norm(compiled, y, weight, bias, *statistics(bn), bn.eps, ())
-        if bn.training:
-            track(bn, y, center, spread)
+        a, b, center, spread, *_ = factors(compiled, bn, y, weight, bias)
         (act,) = (kernels.affine_relu_ if in_place else kernels.affine_relu)(compiled, y, a, b)
         ctx.save_for_backward(y, weight, a, b, center, spread, *params)
         ctx.compiled, ctx.convs, ctx.training, ctx.eps = compiled, convs, bn.training, bn.eps

@@ -8,6 +8,7 @@ in float32, or float64 for maps of float64.
 import operator
 from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,7 +126,7 @@ def norm_backward(
         gmean: Tensor | None,
         gvar: Tensor | None,
         gpeak: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Adds to g, the gradient of y by other ways, that through the results of `norm`; g is overwritten.
 
     Returns:
@@ -153,19 +154,34 @@ def norm_backward(
         at = u == pick
         # As in torch's amax, equal peaks share the gradient.
         peaks = torch.where(at, gpeak * a / _plane_sum(at.to(u.dtype)), 0)
-    if training:
-        n = m * y.shape[0]
-    ga = ga - center * gb
-    root = (spread + eps).rsqrt()
-    if training:
-        gspread = ga * weight[None, :, None, None] * root * root * root * -0.5
-        slope = slope + gspread * (2 / n)
-        offset = offset - (a * gb + gspread * center * 2) / n
-    out = _up(g) + u * slope + offset
+    batch_slope, batch_offset, *gparams = _norm_gradients(u, weight, eps, training, a, center, spread, ga, gb)
+    out = _up(g) + u * (slope + batch_slope) + (offset + batch_offset)
     if peaks is not None:
         out = out + peaks
     g.copy_(out)
-    return (ga * root).flatten().to(weight.dtype), gb.flatten().to(weight.dtype)
+    return tuple(gparams)
+
+
+def _norm_gradients(
+        u: Tensor,
+        weight: Tensor,
+        eps: float,
+        training: bool,
+        a: Tensor,
+        center: Tensor,
+        spread: Tensor,
+        ga: Tensor,
+        gb: Tensor,
+) -> tuple[Any, ...]:
+    """For those of a and b: slope and offset of the gradient of u by its statistics, gradients of weight and bias."""
+    ga = ga - center * gb
+    root = (spread + eps).rsqrt()
+    slope = offset = 0.0
+    if training:
+        n = u.shape[0] * u.shape[2] * u.shape[3]
+        gspread = ga * weight[None, :, None, None] * root * root * root * -0.5
+        slope, offset = gspread * (2 / n), -(a * gb + gspread * center * 2) / n
+    return slope, offset, (ga * root).flatten().to(weight.dtype), gb.flatten().to(weight.dtype)
 
 
 # ---- ReLU(BN(y)) before a convolution -------------------------------------------------------------------------------
@@ -195,20 +211,14 @@ def norm_relu_backward(
         b: Tensor,
         center: Tensor,
         spread: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients of weight and bias for that of ReLU(x); g becomes that of y."""
     u = _up(y)
     g0 = torch.where(u * a + b > 0, _up(g), 0)
-    gb = _plane_sum(g0).sum(0, keepdim=True)
-    ga = _plane_sum(g0 * u).sum(0, keepdim=True) - center * gb
-    root = (spread + eps).rsqrt()
-    out = g0 * a
-    if training:
-        n = y.shape[0] * y.shape[2] * y.shape[3]
-        gspread = ga * weight[None, :, None, None] * root * root * root * -0.5
-        out = out + u * (gspread * (2 / n)) - (a * gb + gspread * center * 2) / n
-    g.copy_(out)
-    return (ga * root).flatten().to(weight.dtype), gb.flatten().to(weight.dtype)
+    gy, ga, gb, _ = _factor_gradients(g0, u, a, b, None)
+    slope, offset, *gparams = _norm_gradients(u, weight, eps, training, a, center, spread, ga, gb)
+    g.copy_(gy + u * slope + offset)
+    return tuple(gparams)
 
 
 # ---- The end of a block ---------------------------------------------------------------------------------------------
@@ -351,12 +361,12 @@ def _factor_gradients(
         gz: Tensor,
         u: Tensor,
         a: Tensor,
-        b: Tensor,
+        b: Tensor | None,
         channels: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of u, a, b and channels for that of z = (u * a + b) * channels."""
+    """Gradients of u, a, b and channels for that of z = (u * a + b) * channels; b is needed with channels only."""
     by_a, by_b = _plane_sum(gz * u), _plane_sum(gz)
-    if channels is None:
+    if channels is None or b is None:
         return gz * a, by_a.sum(0, keepdim=True), by_b.sum(0, keepdim=True), None
     gchannels = _sum_to(by_a * a + by_b * b, channels).to(channels.dtype)
     ga, gb = (by_a * channels).sum(0, keepdim=True), (by_b * channels).sum(0, keepdim=True)
@@ -372,8 +382,8 @@ def _shortcut_gradients(
     """Gradients of shortcut, a1 and b1 for that of shortcut * a1 + b1."""
     if a1 is None or shortcut is None:
         return g.to(dtype), None, None
-    ga1, gb1 = _plane_sum(g * shortcut).sum(0, keepdim=True), _plane_sum(g).sum(0, keepdim=True)
-    return (g * a1).to(dtype), ga1, gb1
+    gshortcut, ga1, gb1, _ = _factor_gradients(g, _up(shortcut), a1, None, None)
+    return gshortcut.to(dtype), ga1, gb1
 
 
 @kernel
@@ -392,9 +402,8 @@ def affine(y: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor]:
 @overwriting
 def affine_backward(g: Tensor, y: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of a and b for that of x; g becomes that of y."""
-    u = _up(g)
-    ga, gb = _plane_sum(u * y).sum(0, keepdim=True), _plane_sum(u).sum(0, keepdim=True)
-    g.copy_(u * a)
+    gy, ga, gb, _ = _factor_gradients(_up(g), _up(y), a, None, None)
+    g.copy_(gy)
     return ga, gb
 
 
@@ -406,14 +415,6 @@ def _sum_to(x: Tensor, like: Tensor) -> Tensor:
 # ---- What gates of pixels and of planes pool ------------------------------------------------------------------------
 
 
-def _pooled(x: Tensor, dims: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    found: list[Tensor] = []
-    for d in dims:
-        peak = x.amax(d, keepdim=True)
-        found += [peak, torch.cat([peak, x.mean(d, keepdim=True)], dim=d).to(dtype)]
-    return tuple(found)
-
-
 @kernel
 def pool(
         y: Tensor,
@@ -423,7 +424,12 @@ def pool(
         dims: tuple[int, ...],
 ) -> tuple[Tensor, ...]:
     """For each dimension, the maximum of z = x * channels along it, and that with the mean behind it in y's type."""
-    return _pooled(_gated(_affine(y, a, b), channels), dims, y.dtype)
+    z = _gated(_affine(y, a, b), channels)
+    found: list[Tensor] = []
+    for d in dims:
+        peak = z.amax(d, keepdim=True)
+        found += [peak, torch.cat([peak, z.mean(d, keepdim=True)], dim=d).to(y.dtype)]
+    return tuple(found)
 
 
 @overwriting

@@ -11,9 +11,7 @@ from torch.func import functional_call
 
 from ..layers import SelectiveKernel
 from . import _kernels as kernels
-from ._functions import conv_params, convolve, convolve_backward, statistics, track
-
-_aten = torch.ops.aten
+from ._functions import conv_params, convolve, convolve_backward, factors
 
 
 class _Replay:
@@ -167,9 +165,7 @@ class _SelectConv(torch.autograd.Function):
         saved: list[Tensor] = []
         branches: list[Tensor] = []
         for bn, y, weight, bias in ((sk.bn1, y0, weight0, bias0), (sk.bn2, y1, weight1, bias1)):
-            a, b, center, spread, *_ = kernels.norm(compiled, y, weight, bias, *statistics(bn), bn.eps, ())
-            if bn.training:
-                track(bn, y, center, spread)
+            a, b, center, spread, *_ = factors(compiled, bn, y, weight, bias)
             branches += kernels.affine_relu(compiled, y, a, b)
             saved += [y, weight, a, b, center, spread]
         ctx.replay = _Replay(_Mix(sk), y0.device.type)
