@@ -1,6 +1,7 @@
 """One file per attention. To add one: write its file, and import it here."""
 
 from ._base import Attention as Attention
+from ._base import Gate as Gate
 from ._base import attn_sites as attn_sites
 from ._registry import AttnSpec as AttnSpec
 from ._registry import accepted_args as accepted_args

@@ -1,9 +1,28 @@
 """What all attentions share: a gain on the gate, a neutral state, and a look at the gates themselves."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One kind of gate, as pictures, cards and statistics read it.
+
+    Attributes:
+        axes: The axes of the tensor behind the batch: 'C' channels, 'H' rows, 'W' columns, 'B' branches, 'K' heads,
+            'D' features of a matrix. 'C' is a weight a channel, 'HW' a map, 'CHW' a gate of the input's size.
+        title: Its name in pictures.
+        multiplies: Features are multiplied by the values. A covariance, an attention matrix and a branch before its
+            sigmoid are looked at, and multiply nothing.
+    """
+
+    axes: str
+    title: str
+    multiplies: bool = True
 
 
 class Attention(nn.Module):
@@ -16,12 +35,18 @@ class Attention(nn.Module):
     Attributes:
         gain: Plain number that multiplies the gate; 1 unless injected with the identity start.
         neutral_gate: The constant that the neutral state multiplies by.
+        kinds: Key of `gates(x)` -> what it is, in the order in which pictures show them.
+        keywords: What the Hub's tags say besides what `kinds` tell, such as 'self-attention'.
+        no_warm_start: Why a plain network's weights cannot start a registered model; empty where they can.
         no_weight_decay: Parameters that the released code trains without weight decay and that timm, which exempts
             all 1-D parameters, would decay.
         statistics: What the method `gate_of` takes of each plane, (N, C) each: 'mean', 'var' (unbiased, 0 for one
             pixel), 'peak' (the maximum). With it, fused blocks need not read the map for the gate of channels.
     """
 
+    kinds: ClassVar[Mapping[str, Gate]] = {}
+    keywords: ClassVar[tuple[str, ...]] = ()
+    no_warm_start: ClassVar[str] = ''
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
     statistics: ClassVar[tuple[str, ...]] = ()
 
@@ -43,7 +68,7 @@ class Attention(nn.Module):
             x: The module's input (N, C, H, W).
 
         Returns:
-            'channel' (N, C) or 'spatial' (N, H, W) and so on, as the class documents.
+            Each of the class's `kinds`, the batch first: 'channel' (N, C), 'spatial' (N, H, W) and so on.
         """
         raise NotImplementedError
 

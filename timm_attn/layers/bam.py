@@ -8,10 +8,12 @@ default. The paper's sum, s(Mc + Ms) with BatchNorms there, is `combine='add'`. 
 both sides and fails on tall maps; here the mean is global.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
-from ._base import Attention, check_choice, reduced_channels
+from ._base import Attention, Gate, check_choice, reduced_channels
 from ._registry import register_attn
 
 
@@ -40,6 +42,11 @@ class BAM(Attention):
         ValueError: `rd_ratio` leaves no hidden channel, or `combine` is neither.
     """
 
+    kinds: ClassVar = {
+        'spatial': Gate('HW', 'spatial branch', multiplies=False),
+        'gate': Gate('CHW', 'joint gate'),
+        'channel': Gate('C', 'channel branch', multiplies=False),
+    }
     __constants__ = ('add',)
 
     def __init__(

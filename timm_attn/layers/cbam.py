@@ -7,10 +7,12 @@ Where the two differ, this follows the code: the spatial gate pools [max, mean] 
 BatchNorm, with momentum 0.01 and a weight that starts at 0.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
-from ._base import Attention, check_odd, reduced_channels
+from ._base import Attention, Gate, check_odd, reduced_channels
 from ._registry import register_attn
 
 
@@ -41,6 +43,7 @@ class CBAM(Attention):
         ValueError: `rd_ratio` leaves no hidden channel, `kernel_size` is even, or both gates are off.
     """
 
+    kinds: ClassVar = {'spatial': Gate('HW', 'spatial'), 'channel': Gate('C', 'channel')}
     __constants__ = ('channel', 'spatial')
     statistics = ('mean', 'peak')
 

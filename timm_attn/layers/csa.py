@@ -7,11 +7,13 @@ Code:  no ResNet with it is published; this module is the project's own and clai
        `rd_ratio=1` its branch equals timm's `xcit.XCA`.
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._base import Attention, reduced_channels
+from ._base import Attention, Gate, reduced_channels
 from ._precision import matmul_upcast, upcast
 from ._registry import register_attn
 
@@ -38,6 +40,8 @@ class ChannelSelfAttention(Attention):
         ValueError: `rd_ratio` leaves no channel, or `num_heads` does not divide the width.
     """
 
+    kinds: ClassVar = {'matrix': Gate('KCC', 'channel to channel', multiplies=False)}
+    keywords = ('self-attention',)
     no_weight_decay = ('temperature',)
 
     def __init__(

@@ -9,11 +9,12 @@ the registered models pass those.
 """
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ._base import Attention, check_odd
+from ._base import Attention, Gate, check_odd
 from ._registry import register_attn
 
 
@@ -38,6 +39,7 @@ class ECA(Attention):
         ValueError: `kernel_size` is even.
     """
 
+    kinds: ClassVar = {'channel': Gate('C', 'channel')}
     statistics = ('mean',)
 
     def __init__(

@@ -12,11 +12,13 @@ between the convolutions. `channel=False`, `spatial=False` and `max_pool=True` a
 kernel for the pooling, here 3 x 3 with stride 1 before the spatial part.
 """
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._base import Attention, check_choice, reduced_channels
+from ._base import Attention, Gate, check_choice, reduced_channels
 from ._registry import register_attn
 
 
@@ -54,6 +56,7 @@ class GAM(Attention):
             `shuffle` or `channel_gate` is none of its choices.
     """
 
+    kinds: ClassVar = {'spatial': Gate('CHW', 'spatial'), 'channel': Gate('CHW', 'channel')}
     __constants__ = ('channel', 'channel_gate', 'groups', 'max_pool', 'shuffle', 'spatial')
 
     def __init__(

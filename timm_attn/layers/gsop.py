@@ -8,10 +8,12 @@ one (its README says otherwise). The code centres by an M x M matrix; subtractin
 covariance is taken in float32, since it overflows in float16.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
-from ._base import Attention
+from ._base import Attention, Gate
 from ._precision import matmul_upcast, upcast
 from ._registry import register_attn
 
@@ -37,6 +39,13 @@ class GSoP(Attention):
     Raises:
         ValueError: `dim` or `stride` is not positive.
     """
+
+    kinds: ClassVar = {
+        'channel': Gate('C', 'channel'),
+        'covariance': Gate('DD', 'covariance', multiplies=False),
+    }
+    no_warm_start = (
+        'GSoP has no warm start: its last stage has stride 1, so its features are not those of a plain ResNet.')
 
     def __init__(
             self,

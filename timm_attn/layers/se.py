@@ -8,10 +8,12 @@ The hidden width is C // r with no rounding, as in both; timm's `SEModule` round
 depth 18 and 34 are other nets. Keys are timm's.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
-from ._base import Attention, reduced_channels
+from ._base import Attention, Gate, reduced_channels
 from ._registry import register_attn
 
 
@@ -37,6 +39,7 @@ class SqueezeExcite(Attention):
         ValueError: `rd_ratio` leaves no hidden channel.
     """
 
+    kinds: ClassVar = {'channel': Gate('C', 'channel')}
     statistics = ('mean',)
 
     def __init__(

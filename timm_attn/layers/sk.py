@@ -8,10 +8,12 @@ The two are different networks. SK-ResNet* chooses between a dense and a grouped
 between two grouped ones, of which the second is dilated ("5x5"), and squeezes to at least 32 channels.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
-from ._base import Attention, check_choice, reduced_channels
+from ._base import Attention, Gate, check_choice, reduced_channels
 from ._registry import register_attn
 
 # form: groups and dilation of the two branches, least width of the squeeze
@@ -46,6 +48,11 @@ class SelectiveKernel(Attention):
     Raises:
         ValueError: `rd_ratio` leaves no hidden channel, 32 does not divide the channels, or an unknown form.
     """
+
+    kinds: ClassVar = {'branch': Gate('BC', 'branches')}
+    no_warm_start = (
+        'SK has no warm start: it replaces each 3x3 convolution by two others, whose mixture a plain ResNet does not '
+        'contain.')
 
     def __init__(
             self,

@@ -9,10 +9,12 @@ Two departures: the statistics are taken in float32, and a 1 x 1 map has varianc
 by zero and poisons its running statistics.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
-from ._base import Attention
+from ._base import Attention, Gate
 from ._precision import upcast
 from ._registry import register_attn
 
@@ -37,6 +39,7 @@ class SRM(Attention):
         channels: Channels C of the (N, C, H, W) input.
     """
 
+    kinds: ClassVar = {'channel': Gate('C', 'channel')}
     no_weight_decay = ('cfc',)
     statistics = ('mean', 'var')
 

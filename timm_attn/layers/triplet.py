@@ -8,10 +8,12 @@ x for each branch; pooling over the named dimension gives the same gates, which 
 multiplication.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
-from ._base import Attention, check_odd
+from ._base import Attention, Gate, check_odd
 from ._registry import register_attn
 
 
@@ -70,6 +72,11 @@ class TripletAttention(Attention):
         ValueError: `kernel_size` is even.
     """
 
+    kinds: ClassVar = {
+        'spatial': Gate('HW', 'spatial'),
+        'hc': Gate('HC', 'rows x channels'),
+        'cw': Gate('CW', 'channels x columns'),
+    }
     __constants__ = ('spatial',)
 
     def __init__(
