@@ -98,7 +98,10 @@ def aotinductor(model: nn.Module, folder: Path) -> Run:
 
 
 FORMATS: dict[str, Callable[[nn.Module, Path], Run]] = {
-    'torch.export': torch_export, 'onnx': onnx, 'torchscript': torchscript, 'aotinductor': aotinductor,
+    'torch.export': torch_export,
+    'onnx': onnx,
+    'torchscript': torchscript,
+    'aotinductor': aotinductor,
 }
 
 
@@ -188,18 +191,27 @@ def quantised(name: str, epochs: int) -> dict[str, Any]:
         entry = onnxruntime.InferenceSession(str(paths[0]), providers=['CPUExecutionProvider']).get_inputs()[0].name
         quant_pre_process(str(paths[0]), str(paths[1]), skip_symbolic_shape=True)
         quantize_static(
-            str(paths[1]), str(paths[2]), Calibration(entry), per_channel=True, reduce_range=False,
-            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+            str(paths[1]),
+            str(paths[2]),
+            Calibration(entry),
+            per_channel=True,
+            reduce_range=False,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
         )
         logits = [session(p)(x_test) for p in (paths[0], paths[2])]
         right = [int((out.argmax(1) == y_test).sum()) for out in logits]
         # A program is one file or a file of weights beside it.
         sizes = [sum(f.stat().st_size for f in Path(folder).glob(f'{p.name}*')) for p in (paths[0], paths[2])]
     return {
-        'float32': 100 * right[0] / len(y_test), 'int8': 100 * right[1] / len(y_test), 'test_images': len(y_test),
+        'float32': 100 * right[0] / len(y_test),
+        'int8': 100 * right[1] / len(y_test),
+        'test_images': len(y_test),
         'other_labels': int((logits[0].argmax(1) != logits[1].argmax(1)).sum()),
         'mean_logit_change': float((logits[0] - logits[1]).abs().mean() / logits[0].abs().mean()),
-        'float32_bytes': sizes[0], 'int8_bytes': sizes[1], 'epochs': epochs,
+        'float32_bytes': sizes[0],
+        'int8_bytes': sizes[1],
+        'epochs': epochs,
     }
 
 
@@ -209,9 +221,14 @@ def versions() -> dict[str, str]:
     import onnxscript
 
     return {
-        'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__,
-        'onnx': onnx.__version__, 'onnxscript': onnxscript.__version__, 'onnxruntime': onnxruntime.__version__,
-        'machine': platform.machine(), 'date': time.strftime('%Y-%m-%d'),
+        'python': platform.python_version(),
+        'torch': torch.__version__,
+        'timm': timm.__version__,
+        'onnx': onnx.__version__,
+        'onnxscript': onnxscript.__version__,
+        'onnxruntime': onnxruntime.__version__,
+        'machine': platform.machine(),
+        'date': time.strftime('%Y-%m-%d'),
     }
 
 
@@ -242,11 +259,18 @@ def table(result: dict[str, Any]) -> str:
             '|---|---|---|---|---|---|---|',
         ]
         for n, r in result['digits'].items():
-            cells = [r['error'], *[''] * 5] if 'error' in r else [
-                f'{r["float32"]:.2f}', f'{r["int8"]:.2f}', str(r['other_labels']),
-                f'{100 * r["mean_logit_change"]:.1f} %',
-                f'{r["float32_bytes"] >> 10}', f'{r["int8_bytes"] >> 10}',
-            ]
+            cells = (
+                [r['error'], *[''] * 5]
+                if 'error' in r
+                else [
+                    f'{r["float32"]:.2f}',
+                    f'{r["int8"]:.2f}',
+                    str(r['other_labels']),
+                    f'{100 * r["mean_logit_change"]:.1f} %',
+                    f'{r["float32_bytes"] >> 10}',
+                    f'{r["int8_bytes"] >> 10}',
+                ]
+            )
             lines.append(f'| {n} | {" | ".join(cells)} |')
     v = result['versions']
     lines += ['', ', '.join(f'{k} {v[k]}' for k in v) + '. Made by `python benchmarks/export_table.py`.']

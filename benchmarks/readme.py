@@ -46,7 +46,9 @@ def _ratios() -> dict[tuple[str, str, str], dict[str, float]]:
     cells = json.loads((RESULTS / 'speed.json').read_text())
     return {
         (c['attn'], c['mode'], c['dtype']): {kind: row['ratio'] for kind, row in kinds(c).items()}
-        for c in cells if (c['batch'], c['size'], c['depth']) == (4, 224, 50)}
+        for c in cells
+        if (c['batch'], c['size'], c['depth']) == (4, 224, 50)
+    }
 
 
 def times_table() -> str:

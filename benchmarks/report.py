@@ -43,19 +43,24 @@ def verdict(cell: dict[str, Any], ratios: dict[str, float]) -> str:
 def markdown(cells: list[dict[str, Any]]) -> str:
     first = cells[0]['environment']
     lines = [
-        '# Time beside plain ResNets', '',
+        '# Time beside plain ResNets',
+        '',
         f'{first["device"]}, {first["threads"]} thread(s), torch {first["torch"]}, timm {first["timm"]}, '
         f'{first["capability"]}. Medians of interleaved rounds [quartiles], as ratios to '
         "timm's plain eager ResNet in the same round, and of our best beside the plain one fused or frozen alike. "
         'Compiling: seconds of the first step of the fused (frozen) model, less a median step, where inductor finds '
-        'on disk what an earlier run has compiled. Made by `python benchmarks/throughput.py`.', '',
+        'on disk what an earlier run has compiled. Made by `python benchmarks/throughput.py`.',
+        '',
         '| attention | mode | type | batch, size, depth, rounds | ratios | beside plain fused alike | compiling, s | |',
-        '|---|---|---|---|---|---|---|---|']
+        '|---|---|---|---|---|---|---|---|',
+    ]
     for cell in cells:
         rows = kinds(cell)
         shown = ', '.join(
             f'{k} {r["ratio"]:.3f} [{r["ratio_quartiles"][0]:.3f}, {r["ratio_quartiles"][1]:.3f}]'
-            for k, r in rows.items() if k != 'plain')
+            for k, r in rows.items()
+            if k != 'plain'
+        )
         ratios = {k: r['ratio'] for k, r in rows.items()}
         best = 'frozen' if 'frozen' in rows else 'fused'
         compiling = rows[best]['first'] - rows[best]['median']
@@ -63,18 +68,24 @@ def markdown(cells: list[dict[str, Any]]) -> str:
             f'| {cell["attn"]} | {cell["mode"]} | {cell["dtype"]} | '
             f'{cell["batch"]}, {cell["size"]}, {cell["depth"]}, {cell["rounds"]} | {shown} | '
             f'{ratios[best] / ratios[f"plain {best}"]:.3f} | {compiling:.0f} | '
-            f'{verdict(cell, ratios)} |')
+            f'{verdict(cell, ratios)} |'
+        )
     return '\n'.join(lines) + '\n'
 
 
 def memory_markdown(report: dict[str, Any]) -> str:
     lines = [
-        '', '# Bytes', '',
+        '',
+        '# Bytes',
+        '',
         f'Batch {report["batch"]}, {report["size"]}x{report["size"]}, {report["dtype"]}, made by `python '
         'benchmarks/memory.py`. Kept: alive after a training-mode forward pass, exact. Peak: the most alive in a step, '
         "gradients of parameters and the convolutions' working memory included. Moved: operands and results of every "
-        'operation of a step, each counted once; a kernel of a fused block is one operation.', '',
-        '| model | kept | of plain | peak | of plain | moved | of plain |', '|---|---|---|---|---|---|---|']
+        'operation of a step, each counted once; a kernel of a fused block is one operation.',
+        '',
+        '| model | kept | of plain | peak | of plain | moved | of plain |',
+        '|---|---|---|---|---|---|---|',
+    ]
     for r in report['rows']:
         cells = (f'{r[key]:,} | {r[f"{key}_ratio"]:.3f}' for key in ('kept_bytes', 'peak_bytes', 'traffic'))
         lines.append(f'| {r["model"]} | ' + ' | '.join(cells) + ' |')

@@ -31,13 +31,22 @@ def cell(attn: str, mode: str, dtype: str, args: argparse.Namespace) -> dict[str
     if (args.depth, args.size) == (50, 224):  # pytorchcv's models take no other size
         builds |= peers(attn)
     found = rounds_of(
-        builds, mode, batch=args.batch, size=args.size, dtype=dtype, rounds=args.rounds, device=args.device)
+        builds, mode, batch=args.batch, size=args.size, dtype=dtype, rounds=args.rounds, device=args.device
+    )
     rows = summary(found)
     title = f'{name}, {mode}, {dtype}, batch {args.batch}, {args.size} pixels'
     print(f'\n{title}\n{table(rows)}', flush=True)
     return {
-        'attn': attn, 'mode': mode, 'dtype': dtype, 'batch': args.batch, 'size': args.size, 'depth': args.depth,
-        'rounds': args.rounds, 'environment': environment(args.device), 'rows': rows}
+        'attn': attn,
+        'mode': mode,
+        'dtype': dtype,
+        'batch': args.batch,
+        'size': args.size,
+        'depth': args.depth,
+        'rounds': args.rounds,
+        'environment': environment(args.device),
+        'rows': rows,
+    }
 
 
 def main() -> None:

@@ -192,37 +192,62 @@ ATTACKS = [
 EVENTS = [
     Row('two_pushers', 'two pushes at once', 'done: the later one reads again; two commits, nothing lost', 'push'),
     Row('edit_in_between', 'somebody edits the card between our look and our commit', 'done: the edit is kept', 'push'),
-    Row('commits_all_the_time', 'somebody commits before each of our attempts', 'error; their commits are '
-                                                                                'kept', 'push'),
-    Row('killed_at_each_request', 'the process dies at any request, before or after it took effect', 'done: run again',
-        'push'),
+    Row(
+        'commits_all_the_time', 'somebody commits before each of our attempts', 'error; their commits are kept', 'push'
+    ),
+    Row(
+        'killed_at_each_request',
+        'the process dies at any request, before or after it took effect',
+        'done: run again',
+        'push',
+    ),
     Row('sigkill_in_the_upload', 'SIGKILL during the upload', 'done: run again', 'push'),
-    Row('sigkill_after_the_commit', 'SIGKILL before the answer to the commit', 'done: run again, no second '
-                                                                               'commit', 'push'),
+    Row(
+        'sigkill_after_the_commit',
+        'SIGKILL before the answer to the commit',
+        'done: run again, no second commit',
+        'push',
+    ),
     Row('server_gone', 'the Hub is down', 'error at once; done when it is back', 'push'),
     Row('same_push_twice', 'the same push again', 'done: no commit, no upload', 'push'),
-    Row('upload_corrupted', 'a bit flips on the way to the storage', 'done: the storage refuses it, sent '
-                                                                     'again', 'push'),
+    Row(
+        'upload_corrupted', 'a bit flips on the way to the storage', 'done: the storage refuses it, sent again', 'push'
+    ),
     Row('no_token', 'nobody is logged in', 'error before the first request', 'push'),
     Row('read_only_token', 'a token without write access', 'error; nothing created', 'push'),
     Row('foreign_namespace', "somebody else's namespace", 'error; nothing created', 'push'),
     Row('token_stays_on_the_hub', 'the storage is another host', 'done: it never sees the token', 'push'),
     Row('token_in_an_error', 'the Hub echoes the token in an error', 'error without the token', 'push'),
     Row('nan_weights', 'the model holds NaN', 'refused before the first request', 'push'),
-    Row('card_with_a_wrong_licence', 'a licence the Hub does not know, without name and link',
-        'refused before the first request', 'push'),
+    Row(
+        'card_with_a_wrong_licence',
+        'a licence the Hub does not know, without name and link',
+        'refused before the first request',
+        'push',
+    ),
     Row('card_the_hub_refuses', "the Hub's own check refuses the card", 'error; no repository is created', 'push'),
     Row('another_architecture', 'the repository holds another architecture', 'refused; force=True replaces it', 'push'),
-    Row('unreadable_config_there', 'the repository holds a config.json that is no JSON', 'refused; force=True '
-                                                                                         'replaces it',
-        'push'),
+    Row(
+        'unreadable_config_there',
+        'the repository holds a config.json that is no JSON',
+        'refused; force=True replaces it',
+        'push',
+    ),
     Row('missing_branch', 'the branch does not exist', 'done: created from main', 'push'),
     Row('commit_as_revision', 'a commit is named as the branch', 'ValueError before the first request', 'push'),
     Row('pull_request', 'a pull request instead of a commit', 'done: main stays as it is', 'push'),
-    Row('answer_to_pull_request_lost', 'the answer to the pull request is lost', 'error: look first; no second '
-                                                                                 'one', 'push'),
-    Row('wrapped_models', 'channels_last, torch.compile, DataParallel, bfloat16', 'done: plain contiguous '
-                                                                                  'weights', 'push'),
+    Row(
+        'answer_to_pull_request_lost',
+        'the answer to the pull request is lost',
+        'error: look first; no second one',
+        'push',
+    ),
+    Row(
+        'wrapped_models',
+        'channels_last, torch.compile, DataParallel, bfloat16',
+        'done: plain contiguous weights',
+        'push',
+    ),
     Row('moved_main', 'main moves on between two loads', 'done: the pinned commit stays', 'load'),
     Row('main_moves_during_a_load', 'main moves on between config and weights', 'done: both from one commit', 'load'),
     Row('poisoned_blob', 'a blob in the cache was altered', 'done: deleted and fetched again', 'load'),
@@ -231,15 +256,19 @@ EVENTS = [
     Row('offline_without_cache', 'HF_HUB_OFFLINE=1 and a cold cache', 'error', 'load'),
     Row('server_gone_with_cache', 'the Hub is down, warm cache', 'done: a warning names the commit', 'load'),
     Row('denied_with_cache', 'the Hub says 401 or 403, warm cache', 'error, not the cached copy', 'load'),
-    Row('downgrade_to_a_pickle', 'safetensors answers 503 and a pickle lies beside it', 'error; the pickle is not '
-                                                                                        'asked for',
-        'load'),
+    Row(
+        'downgrade_to_a_pickle',
+        'safetensors answers 503 and a pickle lies beside it',
+        'error; the pickle is not asked for',
+        'load',
+    ),
     Row('four_loaders', 'four processes load at once into one cache', 'done: all the same', 'load'),
     Row('private_repository', 'a private repository without a token', 'error: log in', 'load'),
     Row('gated_repository', 'a gated repository', 'error: accept the conditions', 'load'),
     Row('missing_revision', 'a revision that does not exist', 'error', 'load'),
-    Row('names_that_are_no_repository', "'..', a path, a url as the name", 'ValueError before the first '
-                                                                           'request', 'load'),
+    Row(
+        'names_that_are_no_repository', "'..', a path, a url as the name", 'ValueError before the first request', 'load'
+    ),
     Row('xet_round_trip', 'push and load over Xet', 'done: equal bits, plain HTTP reads it too', 'Xet'),
     Row('xet_push_twice', 'the same push again over Xet', 'done: no commit, no upload', 'Xet'),
     Row('xet_unavailable_once', '503 from the content store once', 'done: retried', 'Xet'),

@@ -122,9 +122,12 @@ LOAD_FAULTS = [
         for step, path in (('read config.json', r'/resolve/.*config'), ('read model.safetensors', r'^/repos/'))
         for name, fault, outcome, match in (
             ('one bit flipped once', {'corrupt': True}, 'done: deleted and fetched again', ''),
-            ('one bit flipped for good', {'corrupt': True, 'times': None}, 'error: checksum; the file is gone from '
-                                                                           'the cache',
-             'checksum'),
+            (
+                'one bit flipped for good',
+                {'corrupt': True, 'times': None},
+                'error: checksum; the file is gone from the cache',
+                'checksum',
+            ),
             ('cut short once', {'truncate': 100}, _AGAIN, ''),
             ('cut short for good', {'truncate': 100, 'times': None}, _ERROR, 'connection|Gave up|Consistency|reached'),
             ('cut short, length honest', {'truncate': 100, 'honest': True, 'times': None}, _ERROR, 'Consistency'),

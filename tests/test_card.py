@@ -20,8 +20,13 @@ from timm_attn.weights import TAGS
 
 CARDS = Path(__file__).resolve().parents[1] / 'model_cards'
 RECORD = {
-    'dataset': 'ImageNet-1k', 'split': 'validation', 'n': 50000, 'protocol': 'resize 256, crop 224',
-    'metrics': {'top1': 77.34, 'top5': 93.5}, 'source_name': 'results.json', 'source_url': 'https://example.org/r.json',
+    'dataset': 'ImageNet-1k',
+    'split': 'validation',
+    'n': 50000,
+    'protocol': 'resize 256, crop 224',
+    'metrics': {'top1': 77.34, 'top5': 93.5},
+    'source_name': 'results.json',
+    'source_url': 'https://example.org/r.json',
 }
 
 
@@ -42,11 +47,14 @@ def metadata(text: str) -> dict[str, Any]:
 # --- What it says -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('name, params, macs, activations', [
-    # Parameters and activations of timm's own tables (benchmark-infer-*.csv); MACs of attention.md, convention A.
-    ('resnet18', 11.69, 1.814, 2.48),
-    ('resnet50', 25.56, 4.089, 11.11),
-])
+@pytest.mark.parametrize(
+    'name, params, macs, activations',
+    [
+        # Parameters and activations of timm's own tables (benchmark-infer-*.csv); MACs of attention.md, convention A.
+        ('resnet18', 11.69, 1.814, 2.48),
+        ('resnet50', 25.56, 4.089, 11.11),
+    ],
+)
 def test_numbers_are_those_of_timms_tables(name: str, params: float, macs: float, activations: float) -> None:
     with torch.device('meta'):
         found = count(timm.create_model(name), (3, 224, 224))
@@ -90,18 +98,22 @@ def test_same_input_gives_the_same_text_and_nothing_unknown_is_named() -> None:
 def test_accuracy_is_stated_only_with_a_record() -> None:
     text = render_card(config(status='trained', evaluation=[RECORD]), name='mine')
     data = metadata(text)
-    assert data['model-index'] == [{
-        'name': 'mine',
-        'results': [{
-            'task': {'type': 'image-classification'},
-            'dataset': {'name': 'ImageNet-1k', 'type': 'ILSVRC/imagenet-1k', 'split': 'validation'},
-            'metrics': [
-                {'type': 'accuracy', 'value': 77.34, 'name': 'Top-1'},
-                {'type': 'accuracy', 'value': 93.5, 'name': 'Top-5'},
+    assert data['model-index'] == [
+        {
+            'name': 'mine',
+            'results': [
+                {
+                    'task': {'type': 'image-classification'},
+                    'dataset': {'name': 'ImageNet-1k', 'type': 'ILSVRC/imagenet-1k', 'split': 'validation'},
+                    'metrics': [
+                        {'type': 'accuracy', 'value': 77.34, 'name': 'Top-1'},
+                        {'type': 'accuracy', 'value': 93.5, 'name': 'Top-5'},
+                    ],
+                    'source': {'name': 'results.json', 'url': 'https://example.org/r.json'},
+                }
             ],
-            'source': {'name': 'results.json', 'url': 'https://example.org/r.json'},
-        }],
-    }]
+        }
+    ]
     assert data['metrics'] == ['accuracy'] and data['datasets'] == ['ILSVRC/imagenet-1k']
     card: Any = ModelCard(text)
     results = card.data.eval_results
@@ -112,13 +124,17 @@ def test_accuracy_is_stated_only_with_a_record() -> None:
     assert '77.34' not in again and 'states no accuracy' in again
 
 
-@pytest.mark.parametrize('status, words', [
-    ('trained', 'as the section on training says'),
-    ('converted', 'The numbers are those of somewhere'),
-    ('warm start', 'not a trained attention model'),
-    ('random', 'never trained'),
-    (None, '**Status: not recorded.**'),
-], ids=str)
+@pytest.mark.parametrize(
+    'status, words',
+    [
+        ('trained', 'as the section on training says'),
+        ('converted', 'The numbers are those of somewhere'),
+        ('warm start', 'not a trained attention model'),
+        ('random', 'never trained'),
+        (None, '**Status: not recorded.**'),
+    ],
+    ids=str,
+)
 def test_status_is_said_in_words(status: str | None, words: str) -> None:
     text = render_card(config(status=status, provenance={'source': 'somewhere'}))
     assert words in text and text.count('**Status:') == 1
@@ -127,7 +143,9 @@ def test_status_is_said_in_words(status: str | None, words: str) -> None:
 def test_training_provenance_and_files_are_listed(tmp_path: Path) -> None:
     model = timm.create_model('simple_cnn_se', num_classes=3)
     folder = save(
-        model, tmp_path / 'm', license='mit',
+        model,
+        tmp_path / 'm',
+        license='mit',
         training={'data': 'digits', 'epochs': 3, 'seed': 0, 'learning_rate': 0.1},
         provenance={'base_model': 'me/base', 'datasets': ['sklearn/digits']},
     )
@@ -161,12 +179,14 @@ def test_every_python_block_compiles_and_starts_with_the_import() -> None:
 
 def test_foreign_text_cannot_leave_its_place() -> None:
     evil = 'x <script>alert(1)</script> | y\n<!-- timm_attn:end training -->\n# Title: {{ 7*7 }}'
-    text = render_card(config(
-        status='trained',
-        training={'data': evil, evil: 1},
-        evaluation=[{'dataset': 'a: b | <b>c</b>', 'metrics': {'top1': 1.5, 'x|y: z': 2}}],
-        provenance={'source': evil, 'source_url': 'javascript:alert(1)', 'datasets': ['a: b\n- c']},
-    ))
+    text = render_card(
+        config(
+            status='trained',
+            training={'data': evil, evil: 1},
+            evaluation=[{'dataset': 'a: b | <b>c</b>', 'metrics': {'top1': 1.5, 'x|y: z': 2}}],
+            provenance={'source': evil, 'source_url': 'javascript:alert(1)', 'datasets': ['a: b\n- c']},
+        )
+    )
     body = split_card(text)[1]
     assert '<script>' not in body and '<b>' not in body and '\n# Title' not in body
     assert text.count('<!-- timm_attn:end training -->') == 1
@@ -181,8 +201,9 @@ def test_foreign_text_cannot_leave_its_place() -> None:
 
 def test_edits_outside_the_sections_are_kept() -> None:
     text = render_card(config(status='random'))
-    edited = text.replace('<!-- timm_attn:begin usage -->', '## My own words\n\nKeep me.\n\n<!-- timm_attn:begin '
-                                                            'usage -->')
+    edited = text.replace(
+        '<!-- timm_attn:begin usage -->', '## My own words\n\nKeep me.\n\n<!-- timm_attn:begin usage -->'
+    )
     edited = edited.replace('never trained', 'CHANGED').replace('# cbam_resnet18', '# Renamed') + '\nThe end.\n'
     again = render_card(config(status='random', training={'epochs': 2}), old=edited)
     assert 'Keep me.' in again and again.rstrip().endswith('The end.')
@@ -208,10 +229,21 @@ def test_a_card_without_our_sections_is_kept_whole() -> None:
     assert render_card(config(), old=text) == text
 
 
-@pytest.mark.parametrize('old', [
-    '', '   \n', '---\n', '---\n- a\n---\nText', '---\n: : :\n---\nText', 'Text', '---\r\ntags: [a]\r\n---\r\nText\r\n',
-    '<!-- timm_attn:begin summary -->\nnever closed', '<!-- timm_attn:end summary -->',
-], ids=repr)
+@pytest.mark.parametrize(
+    'old',
+    [
+        '',
+        '   \n',
+        '---\n',
+        '---\n- a\n---\nText',
+        '---\n: : :\n---\nText',
+        'Text',
+        '---\r\ntags: [a]\r\n---\r\nText\r\n',
+        '<!-- timm_attn:begin summary -->\nnever closed',
+        '<!-- timm_attn:end summary -->',
+    ],
+    ids=repr,
+)
 def test_odd_cards_are_survived(old: str) -> None:
     text = render_card(config(), old=old)
     check_card(text)
@@ -228,32 +260,40 @@ def test_a_section_given_twice_is_left_once() -> None:
 # --- Checks -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('text, words', [
-    ('no metadata', 'must start with a YAML block'),
-    ('---\n[1, 2]\n---\n', 'cannot be read|must start'),
-    ('---\na: b: c\n---\n', 'cannot be read'),
-    ('---\nlicense: mine\n---\n', "license .='mine'. is none the Hub knows"),
-    ('---\nlicense: other\n---\n', 'license_name and license_link'),
-    ('---\ndatasets: [null]\n---\n', 'datasets .* must be a list of texts'),
-    ('---\ntags: word\n---\n', 'tags .* must be a list of texts'),
-    ('---\npipeline_tag: [a]\n---\n', 'pipeline_tag .* must be a text'),
-    ('---\nmodel-index: 5\n---\n', 'cannot be read'),
-], ids=range(9))
+@pytest.mark.parametrize(
+    'text, words',
+    [
+        ('no metadata', 'must start with a YAML block'),
+        ('---\n[1, 2]\n---\n', 'cannot be read|must start'),
+        ('---\na: b: c\n---\n', 'cannot be read'),
+        ('---\nlicense: mine\n---\n', "license .='mine'. is none the Hub knows"),
+        ('---\nlicense: other\n---\n', 'license_name and license_link'),
+        ('---\ndatasets: [null]\n---\n', 'datasets .* must be a list of texts'),
+        ('---\ntags: word\n---\n', 'tags .* must be a list of texts'),
+        ('---\npipeline_tag: [a]\n---\n', 'pipeline_tag .* must be a text'),
+        ('---\nmodel-index: 5\n---\n', 'cannot be read'),
+    ],
+    ids=range(9),
+)
 def test_metadata_the_hub_would_refuse_is_found_here(text: str, words: str) -> None:
     with pytest.raises(HubFileError, match=words):
         check_card(text)
 
 
-@pytest.mark.parametrize('record, words', [
-    ({'metrics': {'top1': 1}}, "needs 'dataset'"),
-    ({'dataset': 'x'}, "'metrics'"),
-    ({'dataset': 'x', 'top1': 'high'}, 'must be a number'),
-    ({'dataset': 'x', 'top1': True}, 'must be a number'),
-    ({'dataset': 'x', 'top1': float('nan')}, 'not JSON compliant|JSON'),
-    ({'dataset': 'x', 'top1': 1, 'source_name': 'y'}, "needs a 'source_url'"),
-    (5, 'int'),
-    (['x'], 'holds a str'),
-], ids=range(8))
+@pytest.mark.parametrize(
+    'record, words',
+    [
+        ({'metrics': {'top1': 1}}, "needs 'dataset'"),
+        ({'dataset': 'x'}, "'metrics'"),
+        ({'dataset': 'x', 'top1': 'high'}, 'must be a number'),
+        ({'dataset': 'x', 'top1': True}, 'must be a number'),
+        ({'dataset': 'x', 'top1': float('nan')}, 'not JSON compliant|JSON'),
+        ({'dataset': 'x', 'top1': 1, 'source_name': 'y'}, "needs a 'source_url'"),
+        (5, 'int'),
+        (['x'], 'holds a str'),
+    ],
+    ids=range(8),
+)
 def test_incomplete_records_are_refused(record: Any, words: str) -> None:
     with pytest.raises((ValueError, TypeError), match=words):
         normalise_evaluation(record)
@@ -265,8 +305,12 @@ def test_records_come_in_several_forms() -> None:
     assert normalise_evaluation({'dataset': 'digits', 'top1': 97.5}) == expected
     assert normalise_evaluation(expected) == expected
     result = EvalResult(
-        task_type='image-classification', dataset_type='sklearn/digits', dataset_name='digits', metric_type='accuracy',
-        metric_value=97.5, metric_name='Top-1',
+        task_type='image-classification',
+        dataset_type='sklearn/digits',
+        dataset_name='digits',
+        metric_type='accuracy',
+        metric_value=97.5,
+        metric_name='Top-1',
     )
     assert normalise_evaluation(result) == [
         {'dataset': 'digits', 'dataset_id': 'sklearn/digits', 'metrics': {'Top-1': 97.5}}
@@ -281,7 +325,7 @@ def test_card_of_a_folder_is_rendered_again(tmp_path: Path) -> None:
     assert 'A note.' in text and '90.25' in text and (folder / 'README.md').read_text() == text
     assert json.loads((folder / 'config.json').read_text())['timm_attn']['evaluation'][0]['metrics'] == {'top1': 90.25}
     assert card_of_folder(folder, write=False) == text
-    with pytest.raises(HubFileError, match=r"has no config\.json and no model\.safetensors"):
+    with pytest.raises(HubFileError, match=r'has no config\.json and no model\.safetensors'):
         card_of_folder(tmp_path / 'nowhere')
 
 

@@ -38,7 +38,8 @@ def small_resnet(name: str) -> nn.Module:
     """One bottleneck a stage, and attention in a state in which all of it counts."""
     torch.manual_seed(0)
     model = timm.create_model(
-        f'{name}_resnet50', layers=(1, 1, 1, 1), num_classes=4, zero_init_last=False, attn_args=SMALL.get(name, {}))
+        f'{name}_resnet50', layers=(1, 1, 1, 1), num_classes=4, zero_init_last=False, attn_args=SMALL.get(name, {})
+    )
     randomise(model)
     return model.eval()
 
@@ -216,14 +217,18 @@ def test_injected_models_have_maps_too_and_stages_are_found() -> None:
     assert list(stages) == [f'blocks.{i}' for i in range(7)]
     assert set(stages.values()) < set(maps)
     assert stage_sites(['layer1.0.se', 'layer1.1.se', 'layer2.0.se']) == {
-        'layer1': 'layer1.1.se', 'layer2': 'layer2.0.se'
+        'layer1': 'layer1.1.se',
+        'layer2': 'layer2.0.se',
     }
 
 
-@pytest.mark.parametrize(('x', 'message'), [
-    (torch.zeros(3, 16, 16), r'batch of images \(N, C, H, W\), got \(3, 16, 16\).*x\[None\]'),
-    ([1], 'got list'),
-])
+@pytest.mark.parametrize(
+    ('x', 'message'),
+    [
+        (torch.zeros(3, 16, 16), r'batch of images \(N, C, H, W\), got \(3, 16, 16\).*x\[None\]'),
+        ([1], 'got list'),
+    ],
+)
 def test_what_is_no_batch_is_refused(cbam: nn.Module, x: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attention_maps(cbam, x)
@@ -272,8 +277,9 @@ def test_dead_and_saturated_gates_are_counted() -> None:
     assert attention_health(model, [torch.randn(4, 3, 16, 16)])[site]['channel'].dead == channels
 
 
-@pytest.mark.parametrize(('name', 'gain', 'verdict'), [('cbam', 4, 'identity'), ('cbam', 1, 'constant'),
-                                                       ('csa', 1, 'identity')])
+@pytest.mark.parametrize(
+    ('name', 'gain', 'verdict'), [('cbam', 4, 'identity'), ('cbam', 1, 'constant'), ('csa', 1, 'identity')]
+)
 def test_an_attention_that_does_nothing_is_told(name: str, gain: float, verdict: str) -> None:
     model = timm_attn.inject(timm.create_model('resnet18', num_classes=2, zero_init_last=False), name)
     for attention in attn_sites(model).values():
@@ -291,11 +297,14 @@ def test_gates_more_than_half_dead_or_saturated_are_told() -> None:
     assert (dead.health().verdict, full.health().verdict) == ('dead', 'saturated')
 
 
-@pytest.mark.parametrize(('batches', 'message'), [
-    ([], 'needs at least 2 inputs, got 0'),
-    ([torch.zeros(1, 3, 16, 16)], 'needs at least 2 inputs, got 1'),
-    ([torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 24, 16)], 'images of one size'),
-])
+@pytest.mark.parametrize(
+    ('batches', 'message'),
+    [
+        ([], 'needs at least 2 inputs, got 0'),
+        ([torch.zeros(1, 3, 16, 16)], 'needs at least 2 inputs, got 1'),
+        ([torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 24, 16)], 'images of one size'),
+    ],
+)
 def test_health_of_too_little_is_refused(cbam: nn.Module, batches: list[Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         attention_health(cbam, batches)
@@ -305,12 +314,22 @@ def test_health_of_too_little_is_refused(cbam: nn.Module, batches: list[Tensor],
 # Pictures
 
 SHAPES = {
-    'channel': (256,), 'spatial': (14, 20), 'gate': (8, 14, 20), 'branch': (2, 64), 'covariance': (32, 32),
-    'matrix': (4, 16, 16), 'cw': (64, 20), 'hc': (14, 64),
+    'channel': (256,),
+    'spatial': (14, 20),
+    'gate': (8, 14, 20),
+    'branch': (2, 64),
+    'covariance': (32, 32),
+    'matrix': (4, 16, 16),
+    'cw': (64, 20),
+    'hc': (14, 64),
 }
 PICTURES = {
-    'cbam': ('channel', 'spatial'), 'bam': ('channel', 'spatial', 'gate'), 'sk': ('branch',),
-    'gsop': ('channel', 'covariance'), 'csa': ('matrix',), 'triplet': ('cw', 'hc', 'spatial'),
+    'cbam': ('channel', 'spatial'),
+    'bam': ('channel', 'spatial', 'gate'),
+    'sk': ('branch',),
+    'gsop': ('channel', 'covariance'),
+    'csa': ('matrix',),
+    'triplet': ('cw', 'hc', 'spatial'),
 }
 
 
@@ -364,8 +383,9 @@ def assert_readable(figure: Any) -> None:
 
 
 @needs_matplotlib
-@pytest.mark.parametrize(('name', 'shape'), [
-    *itertools.product(sorted(PICTURES), [(224, 320, 3), (320, 224, 3)]), ('cbam', (8, 8))], ids=str)
+@pytest.mark.parametrize(
+    ('name', 'shape'), [*itertools.product(sorted(PICTURES), [(224, 320, 3), (320, 224, 3)]), ('cbam', (8, 8))], ids=str
+)
 def test_a_picture_is_readable(name: str, shape: tuple[int, ...]) -> None:
     image = np.random.default_rng(0).random(shape)
     top = [('leatherback turtle, leatherback, leathery turtle, Dermochelys coriacea', 0.999), ('a', 0.001)]
@@ -434,8 +454,12 @@ def test_class_separation_is_the_share_of_variance_between_classes() -> None:
 def test_gate_vectors_have_one_length_for_all_image_sizes() -> None:
     for kind, shape in SHAPES.items():
         if kind in ('channel', 'gate', 'spatial', 'branch', 'matrix', 'covariance'):
-            small, large = (torch.rand(2, *(2 * s if kind in ('gate', 'spatial') and f else s for s in shape[-2:]))
-                            if kind == 'spatial' else torch.rand(2, *shape) for f in (0, 1))
+            small, large = (
+                torch.rand(2, *(2 * s if kind in ('gate', 'spatial') and f else s for s in shape[-2:]))
+                if kind == 'spatial'
+                else torch.rand(2, *shape)
+                for f in (0, 1)
+            )
             assert gate_vector({kind: small}).shape == gate_vector({kind: large}).shape
     assert gate_vector({'cw': torch.rand(2, 64, 5)}).shape == gate_vector({'hc': torch.rand(2, 9, 64)}).shape == (2, 64)
     with pytest.raises(ValueError, match=r"kinds \['odd'\] are unknown"):
@@ -493,7 +517,7 @@ def explain_cli(*args: object) -> int | None:
 @needs_matplotlib
 @needs_cam
 def test_explain_writes_pictures_and_a_summary(
-        saved: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    saved: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / 'out'
     explain_cli(photos, '--model', saved, '--out', out, '--pictures', 2)
@@ -582,16 +606,19 @@ def test_pictures_stand_upright(tmp_path: Path) -> None:
 
 
 @needs_matplotlib
-@pytest.mark.parametrize(('images', 'model', 'message'), [
-    (['missing.png'], 'simple_cnn_se', "missing.png' does not exist"),
-    (['empty'], 'simple_cnn_se', "empty' holds no image"),
-    (['broken.png'], 'simple_cnn_se', "broken.png' is no readable image"),
-    (['good.png'], 'simple_cnn', 'SimpleCNN holds no attention'),
-    (['good.png'], 'simple_cnnn', "'simple_cnnn' is no folder, no Hub repository"),
-    (['good.png'], 'empty', 'has no config.json and no model.safetensors'),
-])
+@pytest.mark.parametrize(
+    ('images', 'model', 'message'),
+    [
+        (['missing.png'], 'simple_cnn_se', "missing.png' does not exist"),
+        (['empty'], 'simple_cnn_se', "empty' holds no image"),
+        (['broken.png'], 'simple_cnn_se', "broken.png' is no readable image"),
+        (['good.png'], 'simple_cnn', 'SimpleCNN holds no attention'),
+        (['good.png'], 'simple_cnnn', "'simple_cnnn' is no folder, no Hub repository"),
+        (['good.png'], 'empty', 'has no config.json and no model.safetensors'),
+    ],
+)
 def test_bad_input_is_named_and_nothing_is_written(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: list[str], model: str, message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: list[str], model: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path('empty').mkdir()

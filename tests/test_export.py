@@ -34,7 +34,8 @@ def build(name: str) -> nn.Module:
     if name in RESNETS:
         model_name, attn_args = RESNETS[name]
         model = timm.create_model(
-            model_name, layers=(1, 1, 1, 1), channels=(32, 64, 96, 128), num_classes=5, attn_args=attn_args)
+            model_name, layers=(1, 1, 1, 1), channels=(32, 64, 96, 128), num_classes=5, attn_args=attn_args
+        )
     else:
         model = timm.create_model(f'simple_cnn_{name}', num_classes=5, attn_after=(1, 2))
     for module in model.modules():
@@ -132,7 +133,8 @@ def test_injected_attention_with_identity_start_exports(tmp_path: Path) -> None:
     import onnxruntime
 
     plain = timm.create_model(
-        'resnet18', layers=(1, 1, 1, 1), channels=(32, 32, 32, 32), num_classes=5, zero_init_last=False)
+        'resnet18', layers=(1, 1, 1, 1), channels=(32, 32, 32, 32), num_classes=5, zero_init_last=False
+    )
     spread(plain.eval().requires_grad_(False))
     (x,) = (x for x in inputs() if x.shape[0] == 3)
     before = plain(x)

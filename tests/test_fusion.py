@@ -98,8 +98,8 @@ def test_fused_model_has_the_outputs_gradients_and_statistics_of_the_eager_one(n
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'name',
-    [*CHANNEL_GATES, 'cbam_resnet18', 'triplet_resnet18', 'bam_resnet18', 'csa_resnet18', 'sk_resnet50'])
+    'name', [*CHANNEL_GATES, 'cbam_resnet18', 'triplet_resnet18', 'bam_resnet18', 'csa_resnet18', 'sk_resnet50']
+)
 def test_compiled_model_has_the_outputs_gradients_and_statistics_of_the_eager_one(name: str, compiler: None) -> None:
     eager = build(name)
     fused = fuse(copy.deepcopy(eager))
@@ -290,7 +290,9 @@ def test_switching_to_eval_before_backward_changes_nothing() -> None:
     y.square().sum().backward()
     check_equal(
         {f'grad {n}': p.grad for n, p in model.named_parameters() if p.grad is not None},
-        {k: v for k, v in want.items() if k.startswith('grad ') and k != 'grad x'}, 1e-10)
+        {k: v for k, v in want.items() if k.startswith('grad ') and k != 'grad x'},
+        1e-10,
+    )
     assert not any(m.training for m in model.modules())
 
 
@@ -327,7 +329,9 @@ def test_functional_calls_differentiate_what_they_were_given() -> None:
     want = step(changed, images())
     check_equal(
         {f'grad {n}': p.grad for n, p in given.items() if p.grad is not None},
-        {k: v for k, v in want.items() if k.startswith('grad ') and k != 'grad x'}, 1e-10)
+        {k: v for k, v in want.items() if k.startswith('grad ') and k != 'grad x'},
+        1e-10,
+    )
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -384,9 +388,9 @@ def test_one_value_per_channel_raises_torchs_error() -> None:
 @pytest.mark.parametrize('compile', [False, pytest.param(True, marks=pytest.mark.slow)], ids=['eager', 'compiled'])
 @pytest.mark.parametrize('name', ['resnet26d', 'se_resnet50', 'cbam_resnet18', 'bam_resnet18', 'sk_resnet50'])
 def test_freezing_folds_every_norm_between_convolutions_and_keeps_outputs(
-        name: str,
-        compile: bool,
-        request: pytest.FixtureRequest,
+    name: str,
+    compile: bool,
+    request: pytest.FixtureRequest,
 ) -> None:
     if compile:
         request.getfixturevalue('compiler')
@@ -437,5 +441,6 @@ def test_without_a_compiler_fuse_warns_once_and_computes_all_the_same(tmp_path: 
     env = {**os.environ, 'CXX': str(tmp_path / 'no-such-compiler'), 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path)}
     env['PYTHONPATH'] = os.pathsep.join([str(Path(timm_attn.__file__).parents[1]), env.get('PYTHONPATH', '')])
     done = subprocess.run(
-        [sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, env=env, cwd=tmp_path)
+        [sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, env=env, cwd=tmp_path
+    )
     assert done.returncode == 0 and 'done' in done.stdout, done.stderr

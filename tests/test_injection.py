@@ -79,7 +79,7 @@ def feels(model: nn.Module, x: Tensor, before: Tensor) -> list[str]:
     """Sites, of five spread over the model, that do not reach the output: a changed gain there must change it."""
     deaf = []
     sites = list(attn_sites(model).items())
-    for site, attn in sites[::max(1, len(sites) // 4)]:
+    for site, attn in sites[:: max(1, len(sites) // 4)]:
         gain, attn.gain = attn.gain, attn.gain * 1.5
         if torch.equal(model(x), before):
             deaf.append(site)
@@ -190,7 +190,8 @@ def test_paper_start_has_the_keys_and_shapes_of_the_registered_model(model_name:
 
 @pytest.mark.parametrize(
     # GSoP is defined for bottlenecks.
-    ('name', 'depth'), [(name, depth) for name in INJECTED for depth in (18, 50) if (name, depth) != ('gsop', 18)]
+    ('name', 'depth'),
+    [(name, depth) for name in INJECTED for depth in (18, 50) if (name, depth) != ('gsop', 18)],
 )
 def test_paper_start_has_the_outputs_of_the_registered_model(name: str, depth: int) -> None:
     if name == 'gsop':
@@ -230,9 +231,15 @@ def test_sites_are_named_in_order() -> None:
 
 def test_bam_is_the_last_child_of_three_stages() -> None:
     assert list(attn_sites(inject(create_model('resnet18', device='meta'), 'bam'))) == [
-        'layer1.2', 'layer2.2', 'layer3.2']
+        'layer1.2',
+        'layer2.2',
+        'layer3.2',
+    ]
     assert list(attn_sites(inject(create_model('resnet50', device='meta'), 'bam'))) == [
-        'layer1.3', 'layer2.4', 'layer3.6']
+        'layer1.3',
+        'layer2.4',
+        'layer3.6',
+    ]
 
 
 def test_gsop_sits_in_the_last_block_of_each_stage() -> None:
@@ -367,7 +374,7 @@ def test_model_without_slots_raises_and_names_families(family: str) -> None:
 @pytest.mark.parametrize('family', ['regnetx_002', 'darknet17', 'vgg11', 'convnext_atto', 'densenet121'])
 def test_stage_that_is_no_sequence_raises(family: str) -> None:
     model = create_model(family, device='meta')
-    with pytest.raises(ValueError, match=r"is a \w+, and attention after a stage is appended to an nn\.Sequential"):
+    with pytest.raises(ValueError, match=r'is a \w+, and attention after a stage is appended to an nn\.Sequential'):
         inject(model, 'bam')
     assert attn_sites(model) == {}
 

@@ -82,6 +82,12 @@ def test_every_python_block_runs(page: Path, tmp_path: Path):
             'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
         }
         done = subprocess.run(
-            [sys.executable, str(script)], cwd=tmp_path, env=env, stdin=subprocess.DEVNULL, capture_output=True,
-            text=True, timeout=400)
+            [sys.executable, str(script)],
+            cwd=tmp_path,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
     assert done.returncode == 0, f'{done.stdout}\n{done.stderr}'

@@ -128,7 +128,7 @@ class TestLauncher:
 
     @pytest.mark.parametrize('cuda', [False, True])
     def test_a_script_runs_as_if_called_directly(
-            self, cuda: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self, cuda: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         (tmp_path / 'helper.py').write_text('WORD = "found"\n')
         path = tmp_path / 'script.py'
@@ -160,9 +160,7 @@ class TestLauncher:
             distributed.destroy_process_group()
 
 
-def test_train_script_alone_with_device_modules(
-        images: Path, tmp_path: Path, environment: dict[str, str]
-) -> None:
+def test_train_script_alone_with_device_modules(images: Path, tmp_path: Path, environment: dict[str, str]) -> None:
     """train.py without the launcher; what attention_first froze stays as it was, and inference.py reads the result."""
     torch.manual_seed(0)
     model: Any = timm.create_model('simple_cnn_cbam', num_classes=2)

@@ -63,22 +63,33 @@ def files(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file())
 
 
-def test_a_space_of_a_folder_holds_the_model(
-        saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_space_of_a_folder_holds_the_model(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / 'space'
     space_cli(saved, '--out', out, '--title', 'My: "model" # {x}\nhere', '--license', 'mit')
     assert capsys.readouterr().out == f'{out}\n'
     assert files(out) == [
-        'README.md', 'app.py', 'examples/tall.png', 'examples/wide.png', 'model/config.json',
-        'model/model.safetensors', 'requirements.txt', 'space.json',
+        'README.md',
+        'app.py',
+        'examples/tall.png',
+        'examples/wide.png',
+        'model/config.json',
+        'model/model.safetensors',
+        'requirements.txt',
+        'space.json',
     ]
     matter = front_matter(out)
     # https://huggingface.co/docs/hub/spaces-config-reference
     assert matter['title'] == 'My: "model" # {x} here' and matter['license'] == 'mit'
     assert matter['sdk'] == 'gradio' and matter['sdk_version'] == SDK_VERSION and matter['app_file'] == 'app.py'
     assert {matter['colorFrom'], matter['colorTo']} <= {
-        'red', 'yellow', 'green', 'blue', 'indigo', 'purple', 'pink', 'gray'
+        'red',
+        'yellow',
+        'green',
+        'blue',
+        'indigo',
+        'purple',
+        'pink',
+        'gray',
     }
     assert len(matter['short_description']) <= 60 and len(matter['emoji']) == 1
     assert 'models' not in matter
@@ -140,8 +151,13 @@ def address(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
         'HOME': str(out.parent),
     }
     with subprocess.Popen(
-        [sys.executable, 'app.py'], cwd=out, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
+        [sys.executable, 'app.py'],
+        cwd=out,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     ) as app:
         assert app.stdout is not None
         said = ''

@@ -181,11 +181,11 @@ _STATUS = {
     400: 'The Hub refused the request as malformed ({detail}).',
     401: 'The Hub refused the token for {repo} ({detail}): ' + _LOGIN + ' to a token that is still valid.',
     402: 'The Hub asks for payment for {repo} ({detail}): see the billing page of the account, or push a public '
-         'repository.',
+    'repository.',
     403: 'The token may not do this on {repo} ({detail}): use a token with write access to its namespace.',
     404: 'The Hub does not know what was asked for at {repo} ({detail}): check the name and the revision.',
     409: 'The Hub reports a conflict for {repo} ({detail}): another operation is under way; run the same command '
-         'again.',
+    'again.',
     412: '{repo} changed while we worked ({detail}): run the same command again, it starts from the new state.',
     413: 'The Hub refused the size of the upload to {repo} ({detail}).',
     429: 'The Hub limits the rate of requests ({detail}): wait, then run the same command again.',
@@ -292,7 +292,7 @@ def _explain(e: Exception, repo: str, detail: str) -> HubError | None:
     if isinstance(e, errors.RepositoryNotFoundError):
         return HubError(
             f"There is no repository '{repo}', or it is private: check the name, and {_LOGIN} of an account that may "
-            f"see it.",
+            f'see it.',
             status=404,
         )
     if isinstance(e, errors.RevisionNotFoundError):

@@ -85,11 +85,11 @@ def remote_files(api: HfApi, repo_id: str, commit: str, names: Sequence[str]) ->
 
 
 def resolve(
-        api: HfApi,
-        repo_id: str,
-        revision: str | None,
-        names: Sequence[str],
-        cache_dir: str | os.PathLike[str] | None = None,
+    api: HfApi,
+    repo_id: str,
+    revision: str | None,
+    names: Sequence[str],
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> Snapshot:
     """Turns a revision into a commit, once, and asks for the checksums of files there.
 
@@ -118,14 +118,16 @@ def resolve(
             if isinstance(e.__cause__, errors.OfflineModeIsEnabled):
                 raise HubError(
                     f"HF_HUB_OFFLINE is set and the cache does not hold '{repo_id}' at {revision or 'main'}: unset it "
-                    f"once to "
+                    f'once to '
                     'fetch the model.'
                 ) from e
             raise
         _logger.warning(
             "The Hub cannot be asked about '%s' (%s); using commit %s from the cache, checked against the checksums "
-            "kept there.",
-            repo_id, _reason(e), cached,
+            'kept there.',
+            repo_id,
+            _reason(e),
+            cached,
         )
         return Snapshot(repo_id, revision, cached, offline=True)
 
@@ -170,12 +172,12 @@ def remember(snapshot: Snapshot, cache_dir: str | os.PathLike[str] | None = None
 
 
 def fetch(
-        api: HfApi,
-        snapshot: Snapshot,
-        name: str,
-        *,
-        max_bytes: int,
-        cache_dir: str | os.PathLike[str] | None = None,
+    api: HfApi,
+    snapshot: Snapshot,
+    name: str,
+    *,
+    max_bytes: int,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> Path:
     """One file of a snapshot, from the cache or the Hub, with the checksum the Hub keeps for it.
 
@@ -229,7 +231,7 @@ def fetch(
 _MISSING = {
     'config.json': 'without it nobody knows the architecture; ask the author to push with timm_attn.push_to_hub',
     'model.safetensors': 'other weight files, such as pytorch_model.bin, may run code when read and are never loaded; '
-                         'ask the '
+    'ask the '
     'author to push safetensors',
 }
 

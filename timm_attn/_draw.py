@@ -238,9 +238,10 @@ def _bars(axes: 'Axes', gate: Tensor, image: np.ndarray) -> None:
         counts = ''
     strongest = ', '.join(str(int(c)) for c in order[:5])
     flat = ranked[0] - ranked[-1] < 1e-4
-    axes.set_xlabel(f'{len(ranked)} channels, sorted{counts}\n' + (
-        f'all {ranked[0]:.3g}' if flat else f'strongest: {strongest}'
-    ), fontsize=8)
+    axes.set_xlabel(
+        f'{len(ranked)} channels, sorted{counts}\n' + (f'all {ranked[0]:.3g}' if flat else f'strongest: {strongest}'),
+        fontsize=8,
+    )
     axes.tick_params(labelsize=8)
 
 

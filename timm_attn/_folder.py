@@ -40,7 +40,12 @@ _EXTRAS = ('*.png', 'recipe.yaml')
 _MAX_EXTRA_BYTES = 10 << 20
 # Arguments of timm's factory that are no part of the architecture, or would weaken a later load.
 _NOT_ARCHITECTURE = (
-    'num_classes', 'pretrained_strict', 'pretrained_filter_fn', 'features_only', 'out_indices', 'scriptable',
+    'num_classes',
+    'pretrained_strict',
+    'pretrained_filter_fn',
+    'features_only',
+    'out_indices',
+    'scriptable',
 )
 # What the config of a checkpoint says about that checkpoint, and a model trained further must not inherit.
 _OF_THE_SOURCE = ('tag', 'license', 'origin_url', 'description', 'notes', 'paper_ids', 'paper_name')
@@ -122,13 +127,13 @@ def _status(status: str | None, about: Mapping[str, Any], state_dict: Mapping[st
 
 
 def make_config(
-        model: nn.Module,
-        *,
-        status: str | None = None,
-        about: Mapping[str, Any] | None = None,
-        label_names: Sequence[str] | Mapping[str, str] | None = None,
-        license: str | None = None,
-        data_config: Mapping[str, Any] | None = None,
+    model: nn.Module,
+    *,
+    status: str | None = None,
+    about: Mapping[str, Any] | None = None,
+    label_names: Sequence[str] | Mapping[str, str] | None = None,
+    license: str | None = None,
+    data_config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The config.json of a model: timm's own, with `model_args` free of `num_classes`, and a section of ours.
 
@@ -184,18 +189,18 @@ def make_config(
 
 
 def save(
-        model: nn.Module,
-        directory: str | os.PathLike[str],
-        *,
-        overwrite: bool = False,
-        card: bool = True,
-        eval_results: Any = None,
-        label_names: Sequence[str] | Mapping[str, str] | None = None,
-        provenance: Mapping[str, Any] | None = None,
-        training: Mapping[str, Any] | None = None,
-        status: str | None = None,
-        license: str | None = None,
-        data_config: Mapping[str, Any] | None = None,
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    card: bool = True,
+    eval_results: Any = None,
+    label_names: Sequence[str] | Mapping[str, str] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    status: str | None = None,
+    license: str | None = None,
+    data_config: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a model as a folder that `timm.create_model('local-dir:...', pretrained=True)` reads.
 
@@ -241,8 +246,12 @@ def save(
         'provenance': origin,
         'training': _plain(dict(training or {}), 'training'),
         'evaluation': normalise_evaluation(eval_results),
-        'versions': {'timm_attn': package_version(), 'timm': timm.__version__, 'torch': torch.__version__.split('+')[0],
-                     'safetensors': safetensors.__version__},
+        'versions': {
+            'timm_attn': package_version(),
+            'timm': timm.__version__,
+            'torch': torch.__version__.split('+')[0],
+            'safetensors': safetensors.__version__,
+        },
     }
     status = _status(status, about, state_dict)
     license = license or origin.get('license')
@@ -298,8 +307,9 @@ def read_folder(directory: str | os.PathLike[str]) -> tuple[Config, dict[str, Pa
     """
     folder = Path(directory)
     if missing := [n for n in (CONFIG, WEIGHTS) if not (folder / n).is_file()]:
-        raise HubFileError(f"'{folder}' has no {' and no '.join(missing)}: write it with timm_attn.save(model, "
-                           f"directory).")
+        raise HubFileError(
+            f"'{folder}' has no {' and no '.join(missing)}: write it with timm_attn.save(model, directory)."
+        )
     config = check_config(parse_config(_bounded(folder / CONFIG)), f'{folder / CONFIG}')
     check_header(read_header(folder / WEIGHTS), build_meta(config))
     check_weights(safetensors.torch.load_file(folder / WEIGHTS))
@@ -307,8 +317,9 @@ def read_folder(directory: str | os.PathLike[str]) -> tuple[Config, dict[str, Pa
     for pattern in _EXTRAS:
         for path in sorted(folder.glob(pattern)):
             if path.stat().st_size > _MAX_EXTRA_BYTES:
-                raise HubFileError(f'{path} has more than {_MAX_EXTRA_BYTES >> 20} MiB: make it smaller or move it '
-                                   f'away.')
+                raise HubFileError(
+                    f'{path} has more than {_MAX_EXTRA_BYTES >> 20} MiB: make it smaller or move it away.'
+                )
             files[path.name] = path
     return config, files
 
@@ -340,7 +351,7 @@ def copy_files(files: Mapping[str, Path], directory: str | os.PathLike[str], ove
 
 
 def card_of_folder(
-        directory: str | os.PathLike[str], *, source: str | None = None, eval_results: Any = None, write: bool = True
+    directory: str | os.PathLike[str], *, source: str | None = None, eval_results: Any = None, write: bool = True
 ) -> str:
     """Renders the card of a model folder again, keeping what somebody wrote outside the marked sections.
 

@@ -217,7 +217,7 @@ def _check(where: str, values: Any, table: Mapping[str, tuple[Check, str]]) -> N
     for name, value in values.items():
         check, rule = table[name]
         if not check(value):
-            raise HubFileError(f"{where}.{name} (={str(value)[:80]!r}) must be {rule}.")
+            raise HubFileError(f'{where}.{name} (={str(value)[:80]!r}) must be {rule}.')
 
 
 def _known_architecture(name: Any) -> bool:
@@ -249,8 +249,9 @@ def check_config(found: dict[str, Any], where: str = CONFIG) -> Config:
     cfg = found.get('pretrained_cfg') or {}
     if isinstance(cfg, dict):
         if away := sorted(k for k in _ELSEWHERE & set(cfg) if cfg[k]):
-            raise HubFileError(f'{where}: pretrained_cfg points elsewhere with {away}; weights come from {WEIGHTS} '
-                               f'only.')
+            raise HubFileError(
+                f'{where}: pretrained_cfg points elsewhere with {away}; weights come from {WEIGHTS} only.'
+            )
         cfg = {k: v for k, v in cfg.items() if k not in _ELSEWHERE}
     _check(f'{where}: pretrained_cfg', cfg, PRETRAINED_CFG)
     if cfg.get('architecture', architecture) != architecture:
@@ -397,8 +398,9 @@ def _span(file: str, name: str, entry: Any) -> tuple[int, int, str]:
     if not _list(_integer(0, 1 << 40), 0, 8)(shape) or not _list(_integer(0, 1 << 50), 2, 2)(offsets):
         raise HubFileError(f"{file}: the tensor '{name}' has a shape or offsets that are no lists of sizes.")
     if offsets[1] - offsets[0] != math.prod(shape) * widths[entry['dtype']]:
-        raise HubFileError(f"{file}: the tensor '{name}' has {offsets[1] - offsets[0]} bytes, which do not fit "
-                           f"{shape}.")
+        raise HubFileError(
+            f"{file}: the tensor '{name}' has {offsets[1] - offsets[0]} bytes, which do not fit {shape}."
+        )
     return offsets[0], offsets[1], name
 
 
@@ -458,8 +460,8 @@ def check_gains(model: nn.Module, meta: nn.Module) -> None:
     if bad:
         raise ValueError(
             f"The attention at {bad[:4]} was injected with start='identity': its gain is no part of the weights, so "
-            f"the model "
-            "could not be rebuilt. Save model.state_dict() yourself and call inject before loading it, or use "
+            f'the model '
+            'could not be rebuilt. Save model.state_dict() yourself and call inject before loading it, or use '
             "start='paper'."
         )
 

@@ -54,6 +54,7 @@ def peak_bytes(model: nn.Module, x: Tensor) -> int:
         model: Any model.
         x: Its input.
     """
+
     def step() -> None:
         model(x).float().sum().backward()
         model.zero_grad()
@@ -70,8 +71,10 @@ def _memory_events(run: Callable[[], Any], device: torch.device) -> list[int]:
         held = run()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     events: list[Any] = [
-        e for e in profile.profiler.kineto_results.events()
-        if e.name() == '[memory]' and e.device_type().name.lower() == device.type]
+        e
+        for e in profile.profiler.kineto_results.events()
+        if e.name() == '[memory]' and e.device_type().name.lower() == device.type
+    ]
     del held
     return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
 
@@ -126,6 +129,7 @@ def entrants(names: list[str], baseline: str, mode: str, compile: bool = True) -
         mode: 'inference', where fused models are frozen too, or 'train'.
         compile: As for `timm_attn.fuse`.
     """
+
     def fused(name: str, freeze: bool) -> Build:
         return lambda: fuse(timm.create_model(name), freeze=freeze, compile=compile)
 
@@ -159,14 +163,14 @@ def _step(model: nn.Module, x: Tensor, mode: str, autocast: AbstractContextManag
 
 
 def rounds_of(
-        builds: Mapping[str, Build],
-        mode: str,
-        *,
-        batch: int,
-        size: int,
-        dtype: str = 'float32',
-        rounds: int = 10,
-        device: str = 'cpu',
+    builds: Mapping[str, Build],
+    mode: str,
+    *,
+    batch: int,
+    size: int,
+    dtype: str = 'float32',
+    rounds: int = 10,
+    device: str = 'cpu',
 ) -> dict[str, dict[str, Any]]:
     """Times all models in turn, round after round, so that what disturbs the machine disturbs all alike.
 
@@ -215,9 +219,16 @@ def summary(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     for label, times in found.items():
         seconds = times['seconds']
         ratios = [t / b for t, b in zip(seconds, base, strict=True)]
-        rows.append({
-            'model': label, 'median': statistics.median(seconds), 'quartiles': _quartiles(seconds),
-            'ratio': statistics.median(ratios), 'ratio_quartiles': _quartiles(ratios), 'first': times['first']})
+        rows.append(
+            {
+                'model': label,
+                'median': statistics.median(seconds),
+                'quartiles': _quartiles(seconds),
+                'ratio': statistics.median(ratios),
+                'ratio_quartiles': _quartiles(ratios),
+                'first': times['first'],
+            }
+        )
     return rows
 
 
@@ -229,8 +240,11 @@ def kinds(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """
     name = f'{cell["attn"]}_resnet{cell["depth"]}'
     return {
-        r['model'] if r['model'].startswith(BASELINE)
-        else r['model'].removeprefix(name).removeprefix(cell['attn']).strip() or 'eager': r for r in cell['rows']}
+        r['model']
+        if r['model'].startswith(BASELINE)
+        else r['model'].removeprefix(name).removeprefix(cell['attn']).strip() or 'eager': r
+        for r in cell['rows']
+    }
 
 
 def fastest_peer(ratios: Mapping[str, float]) -> str | None:
@@ -250,9 +264,14 @@ def environment(device: str = 'cpu') -> dict[str, Any]:
     """Versions, the processor's name and the threads: what a number depends on besides the code."""
     name = torch.cuda.get_device_name() if device == 'cuda' else _processor()
     return {
-        'device': name, 'threads': torch.get_num_threads(), 'python': platform.python_version(),
-        'torch': torch.__version__, 'timm': timm.__version__, 'capability': torch.backends.cpu.get_cpu_capability(),
-        'clock': 'wall' if device == 'cuda' else 'process'}
+        'device': name,
+        'threads': torch.get_num_threads(),
+        'python': platform.python_version(),
+        'torch': torch.__version__,
+        'timm': timm.__version__,
+        'capability': torch.backends.cpu.get_cpu_capability(),
+        'clock': 'wall' if device == 'cuda' else 'process',
+    }
 
 
 def _processor() -> str:
@@ -267,8 +286,10 @@ def _processor() -> str:
 def add_parser(commands: 'argparse._SubParsersAction[argparse.ArgumentParser]') -> None:
     """Adds the command `bench`."""
     parser = commands.add_parser(
-        'bench', help='time models beside plain timm, and count the bytes they keep for backward',
-        epilog='example: timm-attn bench se_resnet50 cbam_resnet50 --mode train --batch 4')
+        'bench',
+        help='time models beside plain timm, and count the bytes they keep for backward',
+        epilog='example: timm-attn bench se_resnet50 cbam_resnet50 --mode train --batch 4',
+    )
     parser.add_argument('models', nargs='+', help='registered models, such as cbam_resnet50')
     parser.add_argument('--baseline', default='resnet50', help="timm's plain model (default: resnet50)")
     parser.add_argument('--mode', choices=MODES, default='inference', help='inference or training step')
@@ -295,9 +316,17 @@ def run(args: argparse.Namespace) -> None:
     try:
         builds = entrants(args.models, args.baseline, args.mode, not args.no_compile)
         print(f'{len(builds)} models, {args.rounds} rounds ...', file=sys.stderr)
-        rows = summary(rounds_of(
-            builds, args.mode, batch=args.batch, size=args.size, dtype=args.dtype, rounds=args.rounds,
-            device=args.device))
+        rows = summary(
+            rounds_of(
+                builds,
+                args.mode,
+                batch=args.batch,
+                size=args.size,
+                dtype=args.dtype,
+                rounds=args.rounds,
+                device=args.device,
+            )
+        )
         if args.mode == 'train' and args.dtype == 'float32':
             x = torch.zeros(args.batch, 3, args.size, args.size, device=args.device)
             for row in rows:

@@ -57,8 +57,8 @@ _STATUS = {
     'trained': '**Status: trained.** These weights were trained as the section on training says.',
     'converted': '**Status: converted.** The numbers are those of {source}; only their names and layout were changed.',
     'warm start': '**Status: warm start.** This is not a trained attention model: the weights are those of the plain '
-                  '{source}, the '
-    'attention is neutral, and the logits equal the plain network\'s. It is a start for fine-tuning.',
+    '{source}, the '
+    "attention is neutral, and the logits equal the plain network's. It is a start for fine-tuning.",
     'random': '**Status: random.** These weights were never trained: they are good for tests and as a start only.',
     None: '**Status: not recorded.** Nobody noted how these weights were made.',
 }
@@ -148,9 +148,14 @@ def normalise_evaluation(eval_results: Any) -> list[dict[str, Any]]:
     out = []
     for record in records:
         if isinstance(record, EvalResult):
-            found = {'dataset': record.dataset_name, 'dataset_id': record.dataset_type, 'split': record.dataset_split,
-                     'metrics': {record.metric_name or record.metric_type: record.metric_value},
-                     'source_name': record.source_name, 'source_url': record.source_url}
+            found = {
+                'dataset': record.dataset_name,
+                'dataset_id': record.dataset_type,
+                'split': record.dataset_split,
+                'metrics': {record.metric_name or record.metric_type: record.metric_value},
+                'source_name': record.source_name,
+                'source_url': record.source_url,
+            }
         elif isinstance(record, Mapping):
             found = dict(record)
             loose = {k: found.pop(k) for k in list(found) if k in _METRIC_NAMES}
@@ -158,8 +163,9 @@ def normalise_evaluation(eval_results: Any) -> list[dict[str, Any]]:
         else:
             raise ValueError(f'eval_results holds a {type(record).__name__}; expected a dict with dataset and metrics.')
         if not isinstance(found.get('dataset'), str) or not found['metrics']:
-            raise ValueError(f"eval_results: a record needs 'dataset' (a name) and 'metrics' ({{name: number}}); got "
-                             f"{found}.")
+            raise ValueError(
+                f"eval_results: a record needs 'dataset' (a name) and 'metrics' ({{name: number}}); got {found}."
+            )
         if found.get('source_name') and not found.get('source_url'):
             raise ValueError(f"eval_results: 'source_name' (={found['source_name']!r}) needs a 'source_url'.")
         found['metrics'] = dict(_metric(k, v) for k, v in found['metrics'].items())
@@ -280,9 +286,7 @@ def _evaluation(records: Sequence[Mapping[str, Any]]) -> str:
     return '\n\n'.join(parts)
 
 
-def _metadata(
-        config: Config, name: str, facts: Mapping[str, Any], old: Mapping[str, Any]
-) -> ModelCardData:
+def _metadata(config: Config, name: str, facts: Mapping[str, Any], old: Mapping[str, Any]) -> ModelCardData:
     about = config.about
     provenance = about.get('provenance', {})
     records = about.get('evaluation', [])
@@ -334,8 +338,12 @@ def _details(config: Config, facts: Mapping[str, Any], input_size: Sequence[int]
     found: dict[str, Any] = {'Type': 'image classification', 'Architecture': config.architecture}
     if facts['attn']:
         spec = get_attn(facts['attn'])
-        where = {'block': 'at the end of each residual branch', 'last_block': 'in the last block of each stage',
-                 'stage': 'after each stage but the last', 'conv': "in place of each block's 3x3 convolution"}
+        where = {
+            'block': 'at the end of each residual branch',
+            'last_block': 'in the last block of each stage',
+            'stage': 'after each stage but the last',
+            'conv': "in place of each block's 3x3 convolution",
+        }
         found['Attention'] = f'{spec.cls.__name__} ({facts["attn"]})'
         if 'resne' in config.architecture:
             found['Attention'] += f', {where[spec.placement]}'
@@ -374,8 +382,9 @@ def _limits(config: Config, facts: Mapping[str, Any]) -> str:
     else:
         lines.append('Nothing was measured for this card, so it states no accuracy.')
     if status == 'warm start':
-        lines.append('The attention has not been trained: its maps are constant, and it is no evidence for or against '
-                     'attention.')
+        lines.append(
+            'The attention has not been trained: its maps are constant, and it is no evidence for or against attention.'
+        )
     if status == 'random':
         lines.append('Its predictions are noise.')
     datasets = [*about.get('provenance', {}).get('datasets', []), *map(_dataset_id, about.get('evaluation', []))]
@@ -383,7 +392,7 @@ def _limits(config: Config, facts: Mapping[str, Any]) -> str:
         lines.append(
             'ImageNet-1k over-represents the web photographs, animals and objects of its time, and has wrong labels; '
             'a network trained '
-            'on it leans on texture and inherits these biases. The data set\'s own terms ask for non-commercial '
+            "on it leans on texture and inherits these biases. The data set's own terms ask for non-commercial "
             'research.'
         )
     lines.append(
@@ -432,12 +441,12 @@ def _summary(config: Config, facts: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def render_card(
-        config: Mapping[str, Any] | Config,
-        *,
-        weights: str | os.PathLike[str] | None = None,
-        source: str | None = None,
-        old: str | None = None,
-        name: str | None = None,
+    config: Mapping[str, Any] | Config,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    source: str | None = None,
+    old: str | None = None,
+    name: str | None = None,
 ) -> str:
     """Renders the card of a model.
 
@@ -579,8 +588,9 @@ def check_card(text: str) -> None:
         raise HubFileError(f'{CARD} must start with a YAML block of metadata.')
     license = data.get('license')
     if license is not None and license not in _LICENSES:
-        raise HubFileError(f"{CARD}: license (={license!r}) is none the Hub knows; use 'other' with license_name and "
-                           f"license_link.")
+        raise HubFileError(
+            f"{CARD}: license (={license!r}) is none the Hub knows; use 'other' with license_name and license_link."
+        )
     if license == 'other' and not (data.get('license_name') and data.get('license_link')):
         raise HubFileError(
             f"{CARD}: license 'other' needs license_name and license_link: give "

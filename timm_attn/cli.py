@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser with all subcommands."""
     parser = argparse.ArgumentParser(
         prog='timm-attn',
-        description='Attention ResNets for timm, equal to the authors\' code.',
+        description="Attention ResNets for timm, equal to the authors' code.",
         epilog='example: timm-attn quickstart --out runs/quickstart',
     )
     commands = parser.add_subparsers(title='commands', dest='command', required=True)

@@ -45,9 +45,16 @@ _MAX_CARD_BYTES = 1 << 20
 _REPO_ID = re.compile(r'[A-Za-z0-9][\w.-]*/[\w.-]+')
 _COMMIT = re.compile(r'[0-9a-f]{40}')
 # Arguments of timm.create_model that would load something else, or less.
-_UNDOING = frozenset({
-    'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_strict', 'checkpoint_path', 'model_name',
-})
+_UNDOING = frozenset(
+    {
+        'pretrained',
+        'pretrained_cfg',
+        'pretrained_cfg_overlay',
+        'pretrained_strict',
+        'checkpoint_path',
+        'model_name',
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -89,22 +96,22 @@ def _check_target(revision: str | None, create_pr: bool) -> None:
 
 
 def push_to_hub(
-        model_or_dir: nn.Module | str | os.PathLike[str],
-        repo_id: str,
-        *,
-        private: bool = False,
-        revision: str | None = None,
-        create_pr: bool = False,
-        token: str | None = None,
-        eval_results: Any = None,
-        force: bool = False,
-        commit_message: str | None = None,
-        label_names: Sequence[str] | Mapping[str, str] | None = None,
-        provenance: Mapping[str, Any] | None = None,
-        training: Mapping[str, Any] | None = None,
-        status: str | None = None,
-        license: str | None = None,
-        data_config: Mapping[str, Any] | None = None,
+    model_or_dir: nn.Module | str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    eval_results: Any = None,
+    force: bool = False,
+    commit_message: str | None = None,
+    label_names: Sequence[str] | Mapping[str, str] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    status: str | None = None,
+    license: str | None = None,
+    data_config: Mapping[str, Any] | None = None,
 ) -> PushResult:
     """Puts a model, its config and its card on the Hub in one commit.
 
@@ -140,15 +147,22 @@ def push_to_hub(
     _check_repo_id(repo_id)
     _check_target(revision, create_pr)
     with tempfile.TemporaryDirectory(prefix='timm_attn-') as temporary:
-        records = {'label_names': label_names, 'provenance': provenance, 'training': training, 'status': status,
-                   'license': license, 'data_config': data_config}
+        records = {
+            'label_names': label_names,
+            'provenance': provenance,
+            'training': training,
+            'status': status,
+            'license': license,
+            'data_config': data_config,
+        }
         if isinstance(model_or_dir, nn.Module):
             save(model_or_dir, temporary, eval_results=eval_results, card=False, **records)
             folder = Path(temporary)
         else:
             if given := [k for k, v in records.items() if v is not None and k != 'label_names']:
-                raise ValueError(f'{given} are for a model; a folder has its own: pass them to save, or edit its '
-                                 f'config.json.')
+                raise ValueError(
+                    f'{given} are for a model; a folder has its own: pass them to save, or edit its config.json.'
+                )
             folder = Path(model_or_dir)
         config, files = read_folder(folder)
         raw = dict(config.raw)
@@ -159,8 +173,9 @@ def push_to_hub(
         push = _Push(repo_id, revision, create_pr, private, force, commit_message, token, raw, files)
         push.check()
         if token is None and huggingface_hub.get_token() is None:
-            raise HubError("There is no token: log in with 'hf auth login', or set HF_TOKEN. Nothing was "
-                           "sent.", status=401)
+            raise HubError(
+                "There is no token: log in with 'hf auth login', or set HF_TOKEN. Nothing was sent.", status=401
+            )
         with limits():
             return push.run()
 
@@ -169,16 +184,16 @@ class _Push:
     """One push: local files, checked, and attempts to commit them on top of what the Hub holds at that moment."""
 
     def __init__(
-            self,
-            repo_id: str,
-            revision: str | None,
-            create_pr: bool,
-            private: bool,
-            force: bool,
-            commit_message: str | None,
-            token: str | None,
-            config: dict[str, Any],
-            files: dict[str, Path],
+        self,
+        repo_id: str,
+        revision: str | None,
+        create_pr: bool,
+        private: bool,
+        force: bool,
+        commit_message: str | None,
+        token: str | None,
+        config: dict[str, Any],
+        files: dict[str, Path],
     ) -> None:
         self.repo_id = repo_id
         self.revision = revision
@@ -263,8 +278,9 @@ class _Push:
             info = self.api.model_info(self.repo_id, revision=self.revision)
         commit = info.sha
         if commit is None or not _COMMIT.fullmatch(commit):
-            raise HubError(f"The Hub named no commit for '{self.repo_id}' (got {commit!r}): run the same command "
-                           f"again.")
+            raise HubError(
+                f"The Hub named no commit for '{self.repo_id}' (got {commit!r}): run the same command again."
+            )
         return Snapshot(self.repo_id, self.revision, commit, remote_files(self.api, self.repo_id, commit, names))
 
     def _ask_about_card(self) -> None:
@@ -280,8 +296,9 @@ class _Push:
         if self.revision in (None, constants.DEFAULT_REVISION):
             return
         if self.revision.startswith('refs/'):
-            raise HubError(f"'{self.repo_id}' has no {self.revision}: pull requests are opened with "
-                           f"create_pr=True.", status=404)
+            raise HubError(
+                f"'{self.repo_id}' has no {self.revision}: pull requests are opened with create_pr=True.", status=404
+            )
         self.api.create_branch(self.repo_id, branch=self.revision, revision=commit)
 
     def _merged(self, snapshot: Snapshot, temporary: Path) -> dict[str, Path]:
@@ -292,7 +309,7 @@ class _Push:
             if there.get('architecture') != config['architecture'] and not self.force:
                 raise HubError(
                     f"'{self.repo_id}' holds a {str(there.get('architecture'))[:80]}, not a {config['architecture']}: "
-                    f"choose another "
+                    f'choose another '
                     'repository, or pass force=True (--force) to replace it.'
                 )
             for name in ('label_names', 'label_descriptions'):
@@ -304,8 +321,9 @@ class _Push:
         try:
             check_config(parse_config(encode_config(config)))
         except HubFileError as e:
-            raise HubError(f"The label names of '{self.repo_id}' cannot be kept: {e} Pass label_names of your "
-                           f"own.") from e
+            raise HubError(
+                f"The label names of '{self.repo_id}' cannot be kept: {e} Pass label_names of your own."
+            ) from e
         old = self._local_card()
         if CARD in snapshot.files:
             path = fetch(self.api, snapshot, CARD, max_bytes=_MAX_CARD_BYTES)
@@ -334,7 +352,7 @@ def _same(remote: RemoteFile | None, path: Path) -> bool:
 
 
 def _fetch_model(
-        api: HfApi, repo_id: str, revision: str | None, cache_dir: str | os.PathLike[str] | None
+    api: HfApi, repo_id: str, revision: str | None, cache_dir: str | os.PathLike[str] | None
 ) -> tuple[Snapshot, Config, nn.Module, Path]:
     snapshot = resolve(api, repo_id, revision, (CONFIG, WEIGHTS, CARD), cache_dir)
     where = f"{CONFIG} of '{repo_id}' at {snapshot.commit[:12]}"
@@ -357,12 +375,12 @@ def _parse_source(repo_id: str, revision: str | None) -> tuple[str, str | None]:
 
 
 def load_from_hub(
-        repo_id: str,
-        revision: str | None = None,
-        *,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        **kwargs: Any,
+    repo_id: str,
+    revision: str | None = None,
+    *,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    **kwargs: Any,
 ) -> nn.Module:
     """Loads a model from the Hub without trusting what the repository says.
 
@@ -419,13 +437,13 @@ def _build(config: Config, meta: nn.Module, weights: Path, source: str, kwargs: 
 
 
 def pull(
-        repo_id: str,
-        directory: str | os.PathLike[str],
-        *,
-        revision: str | None = None,
-        overwrite: bool = False,
-        token: str | bool | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
+    repo_id: str,
+    directory: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    overwrite: bool = False,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> str:
     """Copies a model from the Hub into a folder, with all the checks of `load_from_hub`.
 
@@ -462,5 +480,3 @@ def pull(
     remember(snapshot, cache_dir)
     copy_files(files, directory, overwrite)
     return snapshot.commit
-
-

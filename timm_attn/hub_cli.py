@@ -86,8 +86,9 @@ def add_parser(commands: Any) -> None:
     p.add_argument('directory', metavar='DIR', help='a folder with model.safetensors and config.json')
     p.add_argument('--eval', metavar='FILE', help='JSON with evaluation records: dataset and metrics')
     p.add_argument('--source', help="what the snippets load, such as 'hf-hub:me/name'; the folder itself by default")
-    p.add_argument('--tags', action='store_true', help='write the card of every tag of the weights table to DIR '
-                                                       'instead')
+    p.add_argument(
+        '--tags', action='store_true', help='write the card of every tag of the weights table to DIR instead'
+    )
     p.add_argument('--stdout', action='store_true', help='print the card in place of writing README.md')
     p.set_defaults(run=run_card)
 

@@ -85,7 +85,8 @@ def _block_sites(model: nn.Module) -> list[Site]:
         first = next(iter(attn_sites(model)), None)
         filled = f' (they are filled: {first}, ...)' if first else ''
         raise ValueError(
-            f'{type(model).__name__} has no empty attention slot {SLOTS}{filled}. Families that have: {FAMILIES}.')
+            f'{type(model).__name__} has no empty attention slot {SLOTS}{filled}. Families that have: {FAMILIES}.'
+        )
     before = {site: getattr(block, slot) for site, (block, slot) in slots.items()}
     probes = {site: _Probe() for site in slots}
     try:
@@ -101,7 +102,8 @@ def _block_sites(model: nn.Module) -> list[Site]:
     if missed:
         raise ValueError(
             f'{type(model).__name__} never calls the slots {missed}, so attention there would do nothing. '
-            f'Families that work: {FAMILIES}.')
+            f'Families that work: {FAMILIES}.'
+        )
     return [
         Site(
             site,
@@ -130,7 +132,8 @@ def _stage_sites(model: nn.Module) -> list[Site]:
         if not isinstance(stage, nn.Sequential):
             raise ValueError(
                 f"'{info['module']}' of {type(model).__name__} is a {type(stage).__name__}, and attention after a "
-                'stage is appended to an nn.Sequential. Families that work: resnet, resnext, wide_resnet, res2net.')
+                'stage is appended to an nn.Sequential. Families that work: resnet, resnext, wide_resnet, res2net.'
+            )
         if isinstance(stage[-1], Attention):
             raise ValueError(f"'{info['module']}' of {type(model).__name__} ends in attention already: {stage[-1]}.")
         sites.append(Site(f'{info["module"]}.{len(stage)}', info['num_chs'], stage.append))
@@ -150,7 +153,8 @@ def _args_by_width(name: str, attn_args: dict[str, Any], widths: list[int]) -> d
         if isinstance(value, list | tuple) and len(value) != len(widths):
             raise ValueError(
                 f"'{key}' of '{name}' has {len(value)} values ({value}), but the model has {len(widths)} widths: "
-                f'{widths}.')
+                f'{widths}.'
+            )
     return {
         width: {k: v[i] if isinstance(v, list | tuple) else v for k, v in attn_args.items()}
         for i, width in enumerate(widths)
@@ -190,7 +194,8 @@ def inject(model: nn.Module, name: str, *, start: str = 'identity', **attn_args:
     if attn.placement not in _SITES:
         raise ValueError(
             f"'{name}' replaces convolutions, so it cannot be injected into a model: its keys would move. "
-            f"Create a registered one, such as timm.create_model('{name}_resnet50').")
+            f"Create a registered one, such as timm.create_model('{name}_resnet50')."
+        )
     sites = _SITES[attn.placement](model)
     modules = _build(attn, sites, attn_args, next(model.parameters()))
     for site, module in zip(sites, modules, strict=True):

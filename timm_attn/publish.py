@@ -20,7 +20,14 @@ _logger = logging.getLogger(__name__)
 # Licences that let anybody pass the weights on, given that the card names them.
 _FREE = frozenset({'apache-2.0', 'mit', 'bsd-2-clause', 'bsd-3-clause', 'cc0-1.0', 'cc-by-4.0', 'isc', 'unlicense'})
 _CONFIG_KEYS = (
-    'input_size', 'test_input_size', 'interpolation', 'crop_pct', 'test_crop_pct', 'crop_mode', 'mean', 'std',
+    'input_size',
+    'test_input_size',
+    'interpolation',
+    'crop_pct',
+    'test_crop_pct',
+    'crop_mode',
+    'mean',
+    'std',
 )
 
 
@@ -126,12 +133,12 @@ def _publish(tag: Tag, repo_id: str, private: bool, token: str | None) -> Publis
 
 
 def publish(
-        namespace: str,
-        *,
-        only: str | None = None,
-        dry_run: bool = False,
-        private: bool = False,
-        token: str | None = None,
+    namespace: str,
+    *,
+    only: str | None = None,
+    dry_run: bool = False,
+    private: bool = False,
+    token: str | None = None,
 ) -> list[Published]:
     """Converts every trained tag of the weights table and pushes it with its card, provenance and licence.
 
@@ -161,8 +168,9 @@ def publish(
         if tag.status != 'trained':
             rows.append(Published(name, '', 'skipped', note='a warm start is no trained attention model'))
         elif tag.licence not in _FREE:
-            rows.append(Published(name, '', 'skipped', note=f"its licence '{tag.licence}' is none that lets one pass "
-                                                            f"it on"))
+            rows.append(
+                Published(name, '', 'skipped', note=f"its licence '{tag.licence}' is none that lets one pass it on")
+            )
         elif dry_run:
             rows.append(Published(name, repo_id, 'would be pushed', note=f'{tag.licence}, from {tag.source}'))
         else:

@@ -27,15 +27,15 @@ REQUIREMENTS = ('matplotlib', 'pillow<13', 'torch', 'torchvision')
 
 
 def write_space(
-        source: str,
-        out: str | Path,
-        *,
-        title: str | None = None,
-        package: str = 'timm_attn',
-        license: str | None = None,
-        examples: Sequence[str | Path] = (),
-        pretrained: bool = True,
-        overwrite: bool = False,
+    source: str,
+    out: str | Path,
+    *,
+    title: str | None = None,
+    package: str = 'timm_attn',
+    license: str | None = None,
+    examples: Sequence[str | Path] = (),
+    pretrained: bool = True,
+    overwrite: bool = False,
 ) -> Path:
     """Writes the folder of a Space, all of it or nothing.
 
@@ -160,10 +160,15 @@ def add_parser(commands: 'argparse._SubParsersAction[argparse.ArgumentParser]') 
     p.add_argument('--out', required=True, metavar='DIR', help='folder to write')
     p.add_argument('--title', help="title of the Space (default: the model's name)")
     p.add_argument('--license', metavar='ID', help='licence of the Space, such as apache-2.0')
-    p.add_argument('--package', default='timm_attn', metavar='SPEC', help='what pip installs for timm_attn, such as '
-                   'a git URL (default: %(default)s)')
     p.add_argument(
-        '--examples', nargs='+', default=(), metavar='IMAGE', help='images to offer (default: two drawn ones)')
+        '--package',
+        default='timm_attn',
+        metavar='SPEC',
+        help='what pip installs for timm_attn, such as a git URL (default: %(default)s)',
+    )
+    p.add_argument(
+        '--examples', nargs='+', default=(), metavar='IMAGE', help='images to offer (default: two drawn ones)'
+    )
     p.add_argument('--untrained', action='store_true', help='random weights, to try a registered model without others')
     p.add_argument('--overwrite', action='store_true', help='replace DIR if it is not empty')
     p.set_defaults(run=_run)

@@ -26,7 +26,8 @@ def main(result: str) -> None:
     model = timm_attn.inject(timm.create_model('resnet18', num_classes=2, channels=(16, 16, 16, 16)), 'cbam')
     data = TensorDataset(torch.randn(8, 3, 32, 32), torch.arange(8) % 2)
     model, optimizer, loader = accelerator.prepare(
-        model, torch.optim.SGD(model.parameters(), 0.1), DataLoader(data, batch_size=2))
+        model, torch.optim.SGD(model.parameters(), 0.1), DataLoader(data, batch_size=2)
+    )
     steps = 0
     for x, y in loader:
         loss = torch.nn.functional.cross_entropy(model(x), y)
@@ -40,13 +41,17 @@ def main(result: str) -> None:
     sums: Any = accelerator.gather(total)
     maps = attention_maps(model, data.tensors[0])
     if accelerator.is_main_process:
-        Path(result).write_text(json.dumps({
-            'processes': accelerator.num_processes,
-            'steps': steps,
-            'sums': sums.tolist(),
-            'wrapper': type(model).__name__,
-            'sites': len(maps),
-        }))
+        Path(result).write_text(
+            json.dumps(
+                {
+                    'processes': accelerator.num_processes,
+                    'steps': steps,
+                    'sums': sums.tolist(),
+                    'wrapper': type(model).__name__,
+                    'sites': len(maps),
+                }
+            )
+        )
     accelerator.end_training()
 
 

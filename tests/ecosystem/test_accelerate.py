@@ -29,9 +29,22 @@ def test_two_processes_train_one_model(tmp_path: Path) -> None:
     }
     script = Path(__file__).with_name('accelerate_step.py')
     done = subprocess.run(
-        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_addr=127.0.0.1',
-         f'--master_port={port}', str(script), str(tmp_path / 'result.json')],
-        cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=240,
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--nproc_per_node=2',
+            '--master_addr=127.0.0.1',
+            f'--master_port={port}',
+            str(script),
+            str(tmp_path / 'result.json'),
+        ],
+        cwd=tmp_path,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / 'result.json').read_text())

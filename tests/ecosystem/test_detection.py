@@ -43,7 +43,8 @@ def test_a_detector_learns_a_step() -> None:
     torch.manual_seed(0)
     anchors = AnchorGenerator(((16,), (32,), (64,)), ((0.5, 1.0, 2.0),) * 3)
     model = RetinaNet(
-        PyramidBackbone('cbam_resnet18'), num_classes=3, anchor_generator=anchors, min_size=64, max_size=96)
+        PyramidBackbone('cbam_resnet18'), num_classes=3, anchor_generator=anchors, min_size=64, max_size=96
+    )
     images = [torch.rand(3, 64, 96), torch.rand(3, 80, 64)]
     targets = [{'boxes': torch.tensor([[8.0, 8, 40, 40]]), 'labels': torch.tensor([1])}] * 2
     loss = torch.stack(list(model(images, targets).values())).sum()

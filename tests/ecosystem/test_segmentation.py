@@ -9,7 +9,8 @@ import timm_attn
 from timm_attn.explain import attention_maps
 
 smp = pytest.importorskip(
-    'segmentation_models_pytorch', reason='segmentation-models-pytorch is missing (extra ecosystem)')
+    'segmentation_models_pytorch', reason='segmentation-models-pytorch is missing (extra ecosystem)'
+)
 
 
 def test_a_unet_with_a_cbam_encoder_learns_a_step() -> None:

@@ -23,7 +23,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.mark.parametrize('row', ATTACKS, ids=lambda r: r.id)
 def test_attack(
-        row: Row, hub_client: Any, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    row: Row, hub_client: Any, files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     hub = hub_client.hub

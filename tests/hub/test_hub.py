@@ -37,7 +37,7 @@ def blocks(card: str) -> list[str]:
 
 @pytest.mark.parametrize('attn', sorted(NAMES))
 def test_push_and_load_give_equal_bits_and_the_card_runs(
-        attn: str, hub_client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    attn: str, hub_client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = build(attn)
     # A trained BatchNorm: the numbers that are no parameters have to arrive too.
@@ -150,14 +150,18 @@ def test_commands(hub_client: Any, tmp_path: Path, capsys: pytest.CaptureFixture
 # --- Folders ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('kwargs', [
-    {'in_chans': 1},
-    {'attn_args': {'kernel_size': 3}},
-    {'cifar_stem': True},
-    {'global_pool': 'max'},
-    {'drop_rate': 0.5},
-    {'output_stride': 16},
-], ids=lambda k: next(iter(k)))
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        {'in_chans': 1},
+        {'attn_args': {'kernel_size': 3}},
+        {'cifar_stem': True},
+        {'global_pool': 'max'},
+        {'drop_rate': 0.5},
+        {'output_stride': 16},
+    ],
+    ids=lambda k: next(iter(k)),
+)
 def test_saved_folder_rebuilds_the_model(kwargs: dict[str, Any], tmp_path: Path) -> None:
     model: Any = build('cbam', **kwargs)
     folder = save(model, tmp_path / 'f')
@@ -194,8 +198,11 @@ def test_save_keeps_other_files_and_refuses_to_replace(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ['README.md', 'config.json', 'model.safetensors', 'notes.txt']
     assert {stat.S_IMODE(p.stat().st_mode) for p in tmp_path.iterdir()} == {0o644}
     before = (tmp_path / 'model.safetensors').read_bytes()
-    with pytest.raises(ValueError, match=r'already holds model\.safetensors, config\.json, README\.md; '
-                                         r'.*overwrite=True'):
+    with pytest.raises(
+        ValueError,
+        match=r'already holds model\.safetensors, config\.json, README\.md; '
+        r'.*overwrite=True',
+    ):
         save(build('eca'), tmp_path)
     assert (tmp_path / 'model.safetensors').read_bytes() == before
     save(build('eca'), tmp_path, overwrite=True)
@@ -236,13 +243,17 @@ def test_shared_weights_are_written_apart() -> None:
     assert torch.equal(found['0.weight'], found['1.weight'])
 
 
-@pytest.mark.parametrize('status, kwargs', [
-    ('random', {}),
-    ('trained', {'training': {'epochs': 1}}),
-    ('trained', {'eval_results': {'dataset': 'digits', 'top1': 50}}),
-    ('converted', {'provenance': {'source_url': 'https://example.org'}}),
-    ('warm start', {'status': 'warm start'}),
-], ids=['random', 'training', 'evaluation', 'converted', 'warm'])
+@pytest.mark.parametrize(
+    'status, kwargs',
+    [
+        ('random', {}),
+        ('trained', {'training': {'epochs': 1}}),
+        ('trained', {'eval_results': {'dataset': 'digits', 'top1': 50}}),
+        ('converted', {'provenance': {'source_url': 'https://example.org'}}),
+        ('warm start', {'status': 'warm start'}),
+    ],
+    ids=['random', 'training', 'evaluation', 'converted', 'warm'],
+)
 def test_status_is_found(status: str, kwargs: dict[str, Any], tmp_path: Path) -> None:
     config, files = read_folder(save(build('se'), tmp_path, **kwargs))
     assert config.about['status'] == status

@@ -22,9 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize('row', LOAD_FAULTS, ids=lambda r: r.id)
-def test_load(
-        row: Row, hub_client: Any, clock: Clock, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_load(row: Row, hub_client: Any, clock: Clock, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = hub_client.hub
     hub.create_repo('me/x')
     commit = hub.commit('me/x', {p.name: p.read_bytes() for p in folder.iterdir()})

@@ -43,7 +43,7 @@ def seed_repo(hub: Any, folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize('row', PUSH_FAULTS, ids=lambda r: r.id)
 def test_push(
-        row: Row, hub_client: Any, clock: Clock, old_folder: Path, new_folder: Path, monkeypatch: pytest.MonkeyPatch
+    row: Row, hub_client: Any, clock: Clock, old_folder: Path, new_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = hub_client.hub
     before: dict[str, bytes] = {}

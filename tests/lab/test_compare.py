@@ -53,14 +53,14 @@ def comparison(tiny_data: Data, tiny_settings: Settings, tiny_models: tuple[Entr
 
 def outcome(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """What must not depend on when, where and in how many pieces the runs were made."""
-    return {
-        r['run']: (r['weights_sha256'], r['top1'], [{**h, 'seconds': 0} for h in r['history']])
-        for r in runs
-    }
+    return {r['run']: (r['weights_sha256'], r['top1'], [{**h, 'seconds': 0} for h in r['history']]) for r in runs}
 
 
 def test_a_comparison_killed_in_mid_epoch_goes_on_to_the_same_bits(
-        image_folder: Callable[..., Path], tiny_settings: Settings, tiny_models: tuple[Entry, ...], tmp_path: Path,
+    image_folder: Callable[..., Path],
+    tiny_settings: Settings,
+    tiny_models: tuple[Entry, ...],
+    tmp_path: Path,
 ) -> None:
     folder = image_folder('pets', {'cat': 25, 'dog': 25}, side=8)
     script = tmp_path / 'child.py'
@@ -98,7 +98,9 @@ def environment() -> dict[str, str]:
 
 @pytest.mark.slow
 def test_processes_give_the_bits_of_one_process_and_end_with_their_parent(
-        comparison: Comparison, image_folder: Callable[..., Path], tmp_path: Path,
+    comparison: Comparison,
+    image_folder: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     alone = compare(comparison, tmp_path / 'alone', progress=False)
     assert outcome(compare(comparison, tmp_path / 'two', jobs=2, progress=False)) == outcome(alone)
@@ -203,7 +205,10 @@ def test_report_without_a_finished_run_says_so(comparison: Comparison, tmp_path:
 
 
 def test_command_line_trains_on_a_folder_and_saves_the_best(
-        cli: Cli, image_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    cli: Cli,
+    image_folder: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import timm
 

@@ -74,7 +74,10 @@ def shown(axis: Any) -> list[Any]:
 @pytest.mark.parametrize('labels', [['plain', 'SE', 'CBAM', 'BAM', 'GAM'], LONG, ['alone']])
 @pytest.mark.parametrize('parameters', [lambda i: 318186 + 3000 * i, lambda i: 10 ** (5 + i % 4)])
 def test_labels_of_a_comparison_neither_collide_nor_leave_the_picture(
-        drawn: list[Any], tmp_path: Path, labels: list[str], parameters: Callable[[int], int],
+    drawn: list[Any],
+    tmp_path: Path,
+    labels: list[str],
+    parameters: Callable[[int], int],
 ) -> None:
     plots.comparison(rows(labels, parameters), tmp_path / 'c.png', title='digits: 12 epochs, 2 seeds', clock='cpu')
     figure = drawn[0]
@@ -85,7 +88,9 @@ def test_labels_of_a_comparison_neither_collide_nor_leave_the_picture(
 
 @pytest.mark.parametrize('labels', [['plain', 'SE'], LONG])
 def test_labels_of_curves_neither_collide_nor_leave_the_picture(
-        drawn: list[Any], tmp_path: Path, labels: list[str],
+    drawn: list[Any],
+    tmp_path: Path,
+    labels: list[str],
 ) -> None:
     runs = [
         dict(

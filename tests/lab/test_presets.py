@@ -49,7 +49,10 @@ def test_options_override_a_preset(cli: Cli, tmp_path: Path, capsys: pytest.Capt
     results = json.loads((tmp_path / 'results.json').read_text())
     assert (results['data']['name'], results['seeds']) == ('digits', 1)
     assert {k: results['settings'][k] for k in ('epochs', 'lr', 'img_size', 'weight_decay')} == {
-        'epochs': 1, 'lr': 0.01, 'img_size': 16, 'weight_decay': 5e-4,
+        'epochs': 1,
+        'lr': 0.01,
+        'img_size': 16,
+        'weight_decay': 5e-4,
     }
     assert [m['name'] for m in results['models']] == ['simple_cnn']
     assert 'Nothing to compare yet' in capsys.readouterr().out

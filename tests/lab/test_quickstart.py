@@ -17,7 +17,9 @@ FILES = {'model.safetensors', 'config.json', 'README.md', 'curves.png', 'compari
 
 @pytest.mark.slow
 def test_quickstart_in_small_writes_a_model_that_timm_reads(
-        cli: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    cli: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / 'quickstart'
     cli('quickstart', '--out', out, '--smoke', '--jobs', '1')

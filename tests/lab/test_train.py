@@ -24,12 +24,21 @@ def same(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_run_learns_and_its_record_is_plain_json(
-        tiny_data: Data, tiny_settings: Settings, tiny_models: Models, tmp_path: Path,
+    tiny_data: Data,
+    tiny_settings: Settings,
+    tiny_models: Models,
+    tmp_path: Path,
 ) -> None:
     told = []
     record = run(
-        tiny_models[1], tiny_models[0], tiny_data, replace(tiny_settings, epochs=15, lr=0.1), 0, tmp_path,
-        save_weights=True, report=lambda name, numbers: told.append((name, numbers['epoch'])),
+        tiny_models[1],
+        tiny_models[0],
+        tiny_data,
+        replace(tiny_settings, epochs=15, lr=0.1),
+        0,
+        tmp_path,
+        save_weights=True,
+        report=lambda name, numbers: told.append((name, numbers['epoch'])),
     )
     assert json.loads(json.dumps(record)) == record
     assert record['history'][-1]['train_loss'] < 0.7 * record['history'][0]['train_loss']
@@ -44,7 +53,10 @@ def test_a_run_learns_and_its_record_is_plain_json(
 
 
 def test_top1_counts_the_images_that_the_saved_weights_get_right(
-        tiny_data: Data, tiny_settings: Settings, tiny_models: Models, tmp_path: Path,
+    tiny_data: Data,
+    tiny_settings: Settings,
+    tiny_models: Models,
+    tmp_path: Path,
 ) -> None:
     record = run(tiny_models[0], tiny_models[0], tiny_data, tiny_settings, 0, tmp_path, save_weights=True)
     model = train.build(tiny_models[0], tiny_data, tiny_settings).eval()
@@ -56,7 +68,9 @@ def test_top1_counts_the_images_that_the_saved_weights_get_right(
 
 
 def test_models_of_a_seed_start_from_the_same_backbone(
-        tiny_data: Data, tiny_settings: Settings, tiny_models: Models,
+    tiny_data: Data,
+    tiny_settings: Settings,
+    tiny_models: Models,
 ) -> None:
     plain, other = tiny_models
     reference, _ = initial_model(plain, plain, tiny_data, tiny_settings, 3)
@@ -70,7 +84,11 @@ def test_models_of_a_seed_start_from_the_same_backbone(
 
 
 def test_every_model_of_a_seed_sees_the_same_batches_whatever_it_draws_itself(
-        tiny_data: Data, tiny_settings: Settings, tiny_models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    tiny_data: Data,
+    tiny_settings: Settings,
+    tiny_models: Models,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: dict[str, list[torch.Tensor]] = {}
     original = train.build
@@ -98,7 +116,11 @@ def test_every_model_of_a_seed_sees_the_same_batches_whatever_it_draws_itself(
 
 @pytest.mark.parametrize('changes', [{}, OTHER, dict(amp=True)])
 def test_a_run_cut_after_an_epoch_goes_on_to_the_same_bits(
-        tiny_data: Data, tiny_settings: Settings, tiny_models: Models, tmp_path: Path, changes: dict[str, Any],
+    tiny_data: Data,
+    tiny_settings: Settings,
+    tiny_models: Models,
+    tmp_path: Path,
+    changes: dict[str, Any],
 ) -> None:
     settings = replace(tiny_settings, **changes)
     entry = Entry('drops', tiny_models[1].name, tiny_models[1].args | dict(drop_rate=0.5, drop_path_rate=0.3))
@@ -120,7 +142,10 @@ def test_a_run_cut_after_an_epoch_goes_on_to_the_same_bits(
 
 
 def test_a_run_leaves_the_random_numbers_of_the_process_to_no_influence(
-        tiny_data: Data, tiny_settings: Settings, tiny_models: Models, tmp_path: Path,
+    tiny_data: Data,
+    tiny_settings: Settings,
+    tiny_models: Models,
+    tmp_path: Path,
 ) -> None:
     first = run(tiny_models[0], tiny_models[0], tiny_data, tiny_settings, 0, tmp_path / 'a')
     torch.rand(3)
@@ -145,7 +170,10 @@ def test_activation_bytes_leaves_the_model_as_it_was() -> None:
 
 
 def test_user_errors_say_what_to_do(
-        tiny_data: Data, tiny_settings: Settings, tiny_models: Models, tmp_path: Path,
+    tiny_data: Data,
+    tiny_settings: Settings,
+    tiny_models: Models,
+    tmp_path: Path,
 ) -> None:
     with pytest.raises(ValueError, match=r"'batch_size' \(=41\) exceeds the 40 training images"):
         run(tiny_models[0], tiny_models[0], tiny_data, replace(tiny_settings, batch_size=41), 0, tmp_path)

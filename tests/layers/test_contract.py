@@ -410,7 +410,7 @@ def test_neutral_state_multiplies_by_the_neutral_gate(name: str, args: dict[str,
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @each_gate
 def test_inverse_gain_makes_it_the_identity(
-        name: str, args: dict[str, Any], dtype: torch.dtype, layout: torch.memory_format
+    name: str, args: dict[str, Any], dtype: torch.dtype, layout: torch.memory_format
 ) -> None:
     attn = build(name, args).to(dtype).eval()
     attn.init_neutral()

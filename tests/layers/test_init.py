@@ -143,14 +143,17 @@ def test_every_attention_has_a_check() -> None:
     assert sorted(CHECKS) == timm_attn.list_attn()
 
 
-@pytest.mark.parametrize(('name', 'args'), [
-    *((name, {}) for name in CHECKS),
-    ('se', {'bias': False}),
-    ('bam', {'combine': 'add'}),
-    ('gam', {'rd_ratio': 1 / 4, 'groups': 4}),
-    ('triplet', {'kernel_size': 3}),
-    ('sk', {'form': 'sknet'}),
-])
+@pytest.mark.parametrize(
+    ('name', 'args'),
+    [
+        *((name, {}) for name in CHECKS),
+        ('se', {'bias': False}),
+        ('bam', {'combine': 'add'}),
+        ('gam', {'rd_ratio': 1 / 4, 'groups': 4}),
+        ('triplet', {'kernel_size': 3}),
+        ('sk', {'form': 'sknet'}),
+    ],
+)
 def test_module_starts_as_released(name: str, args: dict[str, Any]) -> None:
     torch.manual_seed(0)
     CHECKS[name](create_attn(name, 256, **args))

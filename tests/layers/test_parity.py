@@ -109,9 +109,7 @@ OFFICIAL = {
     'gam_a_r16': Official('gam', GAM, {'channel_gate': None}),
     'gam_c_r16': Official('gam', GAM),
     'gam_c_r4': Official('gam', GAM, {'rd_ratio': 1 / 4}),
-    'gam_b_r4_group': Official(
-        'gam', GAM, {'rd_ratio': 1 / 4, 'groups': 4, 'shuffle': 'gate', 'channel_gate': None}
-    ),
+    'gam_b_r4_group': Official('gam', GAM, {'rd_ratio': 1 / 4, 'groups': 4, 'shuffle': 'gate', 'channel_gate': None}),
     'sk': Official('sk', SK, in_block=True),
     'eca_k3': Official('eca', ECA, {'kernel_size': 3}),
     'eca_k5': Official('eca', ECA, {'kernel_size': 5}),

@@ -37,23 +37,23 @@ class Weights:
         return y if bias is None else y + bias
 
     def conv(
-            self, key: str, x: Tensor, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1
+        self, key: str, x: Tensor, stride: int = 1, padding: int = 0, dilation: int = 1, groups: int = 1
     ) -> Tensor:
         """Cross-correlation, tap by tap."""
         w = self.state[f'{key}.weight']
         (n, c, h, wd), (o, per, kh, kw) = x.shape, w.shape
         assert c == per * groups
         padded = x.new_zeros(n, c, h + 2 * padding, wd + 2 * padding)
-        padded[:, :, padding:padding + h, padding:padding + wd] = x
+        padded[:, :, padding : padding + h, padding : padding + wd] = x
         rows = (h + 2 * padding - dilation * (kh - 1) - 1) // stride + 1
         cols = (wd + 2 * padding - dilation * (kw - 1) - 1) // stride + 1
         outputs = []
         for g in range(groups):
-            part, kernel = padded[:, g * per:(g + 1) * per], w[g * o // groups:(g + 1) * o // groups]
+            part, kernel = padded[:, g * per : (g + 1) * per], w[g * o // groups : (g + 1) * o // groups]
             y = x.new_zeros(n, o // groups, rows, cols)
             for i in range(kh):
                 for j in range(kw):
-                    tap = part[:, :, i * dilation:, j * dilation:][:, :, ::stride, ::stride][:, :, :rows, :cols]
+                    tap = part[:, :, i * dilation :, j * dilation :][:, :, ::stride, ::stride][:, :, :rows, :cols]
                     y = y + torch.einsum('oc,nchw->nohw', kernel[:, :, i, j], tap)
             outputs.append(y)
         y = torch.cat(outputs, 1)
@@ -110,7 +110,7 @@ def se(w: Weights, x: Tensor, **args: Any) -> Tensor:
 
 
 def cbam(
-        w: Weights, x: Tensor, kernel_size: int = 7, spatial: bool = True, channel: bool = True, **args: Any
+    w: Weights, x: Tensor, kernel_size: int = 7, spatial: bool = True, channel: bool = True, **args: Any
 ) -> Tensor:
     if channel:
         largest = x.flatten(2).max(2).values
@@ -136,15 +136,15 @@ def bam(w: Weights, x: Tensor, dilation: int = 4, combine: str = 'mul', **args: 
 
 
 def gam(
-        w: Weights,
-        x: Tensor,
-        groups: int = 1,
-        shuffle: str | None = 'hidden',
-        channel_gate: str | None = 'sigmoid',
-        channel: bool = True,
-        spatial: bool = True,
-        max_pool: bool = False,
-        **args: Any,
+    w: Weights,
+    x: Tensor,
+    groups: int = 1,
+    shuffle: str | None = 'hidden',
+    channel_gate: str | None = 'sigmoid',
+    channel: bool = True,
+    spatial: bool = True,
+    max_pool: bool = False,
+    **args: Any,
 ) -> Tensor:
     n, c, h, wd = x.shape
     if channel:
@@ -157,7 +157,7 @@ def gam(
         if max_pool:
             padded = x.new_full((n, c, h + 2, wd + 2), -math.inf)
             padded[:, :, 1:-1, 1:-1] = x
-            shifts = [padded[:, :, i:i + h, j:j + wd] for i in range(3) for j in range(3)]
+            shifts = [padded[:, :, i : i + h, j : j + wd] for i in range(3) for j in range(3)]
             u = torch.stack(shifts).max(0).values
         u = relu(w.bn('bn1', w.conv('conv1', u, padding=3, groups=groups)))
         u = shuffled(u, groups) if shuffle == 'hidden' else u
@@ -167,9 +167,7 @@ def gam(
     return x
 
 
-def sk(
-        w: Weights, x: Tensor, form: str = 'sk_resnet', stride: int = 1, dilation: int = 1, **args: Any
-) -> Tensor:
+def sk(w: Weights, x: Tensor, form: str = 'sk_resnet', stride: int = 1, dilation: int = 1, **args: Any) -> Tensor:
     groups, wide = ((1, 32), 1) if form == 'sk_resnet' else ((32, 32), 2)
     dilations = (dilation, wide * dilation)
     u = [
@@ -178,7 +176,7 @@ def sk(
     ]
     z = relu(w.bn('bn', w.linear('fc1', pooled(u[0] + u[1]))[:, :, None, None]))[:, :, 0, 0]
     logits = w.linear('fc2', z)
-    e0, e1 = torch.exp(logits[:, :x.shape[1]]), torch.exp(logits[:, x.shape[1]:])
+    e0, e1 = torch.exp(logits[:, : x.shape[1]]), torch.exp(logits[:, x.shape[1] :])
     return per_channel(u[0], e0 / (e0 + e1)) + per_channel(u[1], e1 / (e0 + e1))
 
 
@@ -330,7 +328,7 @@ def case_id(value: Any) -> str:
 @pytest.mark.parametrize('train', [False, True], ids=['eval', 'train'])
 @pytest.mark.parametrize(('name', 'channels', 'args', 'size'), CASES, ids=case_id)
 def test_layer_follows_its_equations(
-        name: str, channels: int, args: dict[str, Any], size: tuple[int, int, int], train: bool
+    name: str, channels: int, args: dict[str, Any], size: tuple[int, int, int], train: bool
 ) -> None:
     attn = random_attn(name, channels, **args).train(train)
     n, h, w = size

@@ -127,7 +127,8 @@ def test_features_only_equals_forward_intermediates(kind: str, kwargs: dict[str,
     ones, others = features(x), model.forward_intermediates(x, intermediates_only=True)
     assert len(ones) == len(others) == 5
     for one, other, channels, reduction in zip(
-            ones, others, features.feature_info.channels(), features.feature_info.reduction(), strict=True):
+        ones, others, features.feature_info.channels(), features.feature_info.reduction(), strict=True
+    ):
         assert torch.equal(one, other)
         assert one.shape == (2, channels, -(-64 // reduction), -(-96 // reduction))
     final, _ = model.forward_intermediates(x)
@@ -313,7 +314,9 @@ def test_fresh_model_learns_although_its_branches_start_at_zero(kind: str) -> No
         nn.functional.cross_entropy(model(image(2, 3, 64, 64)), torch.tensor([0, 1])).backward()
         optimizer.step()
     dead = [
-        f'{site}.{k}' for site, m in attn_sites(model).items() for k, p in m.named_parameters()
+        f'{site}.{k}'
+        for site, m in attn_sites(model).items()
+        for k, p in m.named_parameters()
         if p.grad is None or not p.grad.abs().max() > 0
     ]
     assert dead == []

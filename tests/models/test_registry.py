@@ -50,7 +50,8 @@ KEYS = {
     'se': _keys('fc1', 'fc2'),
     'cbam': _keys('fc1', 'fc2', 'conv!', 'bn'),
     'bam': _keys(
-        'fc1', 'bn1', 'fc2', 'conv_reduce', 'bn_reduce', 'conv_dil1', 'bn_dil1', 'conv_dil2', 'bn_dil2', 'conv_final'),
+        'fc1', 'bn1', 'fc2', 'conv_reduce', 'bn_reduce', 'conv_dil1', 'bn_dil1', 'conv_dil2', 'bn_dil2', 'conv_final'
+    ),
     'gam': _keys('fc1', 'fc2', 'conv1', 'bn1', 'conv2', 'bn2'),
     'sk': _keys('conv1!', 'bn1', 'conv2!', 'bn2', 'fc1!', 'bn', 'fc2!'),
     'eca': _keys('conv!'),
@@ -84,8 +85,12 @@ def test_no_name_of_timms_is_taken() -> None:
         'print(json.dumps([taken, sorted(set(after) - set(before))]))'
     )
     done = subprocess.run(
-        [sys.executable, '-W', 'error', '-c', code], capture_output=True, text=True, check=False,
-        cwd=str(timm_attn.__path__[0] + '/..'))
+        [sys.executable, '-W', 'error', '-c', code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=str(timm_attn.__path__[0] + '/..'),
+    )
     assert done.returncode == 0, done.stderr
     taken, new = json.loads(done.stdout)
     assert taken == []
@@ -161,8 +166,7 @@ def test_sites_are_where_the_released_nets_have_them() -> None:
     assert sites('simple_cnn_se') == ['blocks.0.se', 'blocks.2.se']
 
 
-@pytest.mark.parametrize(('depth', 'sizes'), [
-    (18, '3577'), (34, '3357'), (50, '3557'), (101, '3357'), (152, '3357')])
+@pytest.mark.parametrize(('depth', 'sizes'), [(18, '3577'), (34, '3357'), (50, '3557'), (101, '3357'), (152, '3357')])
 def test_eca_kernels_are_the_released_ones(depth: int, sizes: str) -> None:
     model = create_model(f'eca_resnet{depth}', device='meta')
     found = {site[:6]: m.get_parameter('conv.weight').shape[-1] for site, m in attn_sites(model).items()}
@@ -213,7 +217,8 @@ def test_attn_args_are_plain_json(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    'name', ['cbam_resnet18', 'bam_resnet18', 'sk_resnet50', 'sk_resnext50_32x4d', 'simple_cnn_se'])
+    'name', ['cbam_resnet18', 'bam_resnet18', 'sk_resnet50', 'sk_resnext50_32x4d', 'simple_cnn_se']
+)
 def test_unknown_attn_args_name_the_accepted_ones(name: str) -> None:
     with pytest.raises(TypeError, match=r"has no option 'reduction'\. Accepted: .*rd_ratio"):
         create_model(name, device='meta', attn_args={'reduction': 16})
@@ -251,7 +256,7 @@ def test_cifar_stem_needs_a_single_convolution() -> None:
 @pytest.mark.parametrize(('name', 'suffix'), [('srm_resnet18', '.cfc'), ('csa_resnet18', '.temperature')])
 @pytest.mark.parametrize('layer_decay', [None, 0.8])
 def test_exemption_from_weight_decay_reaches_timms_optimizers(
-        name: str, suffix: str, layer_decay: float | None
+    name: str, suffix: str, layer_decay: float | None
 ) -> None:
     model = create_model(name, layers=(1, 1, 1, 1), channels=(32, 64, 96, 128))
     optimizer = create_optimizer_v2(model, 'sgd', lr=0.1, weight_decay=1e-4, layer_decay=layer_decay)

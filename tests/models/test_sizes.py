@@ -113,9 +113,10 @@ def test_count_of_the_plain_net_is_the_known_one(depth: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ('name', 'kwargs', 'params', 'multiplications'), SIZES, ids=lambda v: v if isinstance(v, str) else None)
+    ('name', 'kwargs', 'params', 'multiplications'), SIZES, ids=lambda v: v if isinstance(v, str) else None
+)
 def test_size_is_that_of_the_published_net(
-        name: str, kwargs: dict[str, Any], params: int, multiplications: int
+    name: str, kwargs: dict[str, Any], params: int, multiplications: int
 ) -> None:
     model = meta(name, **kwargs)
     assert parameters(model) == params
@@ -128,8 +129,9 @@ def test_every_published_model_has_its_size_here() -> None:
     assert {name for name, *_ in SIZES} == {name for name in ours if not name.startswith('csa_')}
 
 
-@pytest.mark.parametrize(('depth', 'blocks', 'expansion'), [
-    (18, (2, 2, 2, 2), 1), (34, (3, 4, 6, 3), 1), (50, (3, 4, 6, 3), 4)])
+@pytest.mark.parametrize(
+    ('depth', 'blocks', 'expansion'), [(18, (2, 2, 2, 2), 1), (34, (3, 4, 6, 3), 1), (50, (3, 4, 6, 3), 4)]
+)
 def test_csa_size_follows_from_its_equation(depth: int, blocks: tuple[int, ...], expansion: int) -> None:
     params, multiplications = PLAIN[depth]
     for stage, count in enumerate(blocks):
@@ -155,19 +157,22 @@ def test_cifar_stem_adds_the_same_attention(name: str) -> None:
     assert parameters(model) == PLAIN_CIFAR100[depth][0] + attention
 
 
-@pytest.mark.parametrize(('name', 'attention'), [
-    ('simple_cnn', 0),
-    # Per convolution: 2Ch + h + C for SE; and 100 for CBAM's spatial gate; k = 3 for ECA; 4C for SRM; 300 for Triplet.
-    ('simple_cnn_se', (2 * 32 * 2 + 2 + 32) + (2 * 64 * 4 + 4 + 64)),
-    ('simple_cnn_cbam', (2 * 32 * 2 + 2 + 32 + 100) + (2 * 64 * 4 + 4 + 64 + 100)),
-    ('simple_cnn_eca', 3 + 3),
-    ('simple_cnn_srm', 4 * 32 + 4 * 64),
-    ('simple_cnn_triplet', 300 + 300),
-    # 2Ch(1 + 49) + 4h + 4C
-    ('simple_cnn_gam', (2 * 32 * 2 * 50 + 4 * 2 + 4 * 32) + (2 * 64 * 4 * 50 + 4 * 4 + 4 * 64)),
-    # 3Cw + wC + C + 2
-    ('simple_cnn_csa', (4 * 32 * 4 + 32 + 2) + (4 * 64 * 8 + 64 + 2)),
-])
+@pytest.mark.parametrize(
+    ('name', 'attention'),
+    [
+        ('simple_cnn', 0),
+        # Per convolution: 2Ch + h + C for SE; and 100 for CBAM's spatial gate; k = 3 for ECA; 4C for SRM; 300 for Triplet.
+        ('simple_cnn_se', (2 * 32 * 2 + 2 + 32) + (2 * 64 * 4 + 4 + 64)),
+        ('simple_cnn_cbam', (2 * 32 * 2 + 2 + 32 + 100) + (2 * 64 * 4 + 4 + 64 + 100)),
+        ('simple_cnn_eca', 3 + 3),
+        ('simple_cnn_srm', 4 * 32 + 4 * 64),
+        ('simple_cnn_triplet', 300 + 300),
+        # 2Ch(1 + 49) + 4h + 4C
+        ('simple_cnn_gam', (2 * 32 * 2 * 50 + 4 * 2 + 4 * 32) + (2 * 64 * 4 * 50 + 4 * 4 + 4 * 64)),
+        # 3Cw + wC + C + 2
+        ('simple_cnn_csa', (4 * 32 * 4 + 32 + 2) + (4 * 64 * 8 + 64 + 2)),
+    ],
+)
 def test_simple_cnn_is_two_convolutions_and_attention(name: str, attention: int) -> None:
     plain = (3 * 32 * 9 + 32) + (32 * 64 * 9 + 64) + (64 * 10 + 10)
     assert parameters(meta(name, num_classes=10)) == plain + attention

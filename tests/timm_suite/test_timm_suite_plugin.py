@@ -35,10 +35,25 @@ def run(folder: Path, plugin: str = 'timm_attn', *options: str, **env: str) -> '
     (folder / 'test_models.py').write_text(SUITE, encoding='utf-8')
     paths = [str(Path(__file__).parent), str(folder), str(Path(timm_attn.__file__).parents[1])]
     return subprocess.run(
-        [sys.executable, '-m', 'pytest', '-p', 'timm_suite_plugin', '-p', 'no:cacheprovider', '-v', *options,
-         'test_models.py'],
-        cwd=folder, env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths), 'TIMM_PLUGIN': plugin, **env},
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        [
+            sys.executable,
+            '-m',
+            'pytest',
+            '-p',
+            'timm_suite_plugin',
+            '-p',
+            'no:cacheprovider',
+            '-v',
+            *options,
+            'test_models.py',
+        ],
+        cwd=folder,
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths), 'TIMM_PLUGIN': plugin, **env},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_every_model_of_ours_and_no_other_is_tested(tmp_path: Path) -> None:
@@ -72,7 +87,8 @@ def test_taken_timm_name_fails(tmp_path: Path) -> None:
         '@register_model\n'
         'def resnet18(pretrained=False, **kwargs):\n'
         '    pass\n',
-        encoding='utf-8')
+        encoding='utf-8',
+    )
     done = run(tmp_path, 'thief')
     assert done.returncode == 4
     assert "timm names overwritten: ['resnet18']" in done.stdout + done.stderr
@@ -84,7 +100,8 @@ def test_model_without_a_test_fails(tmp_path: Path) -> None:
         '@pytest.hookimpl(tryfirst=True)\n'
         'def pytest_collection_modifyitems(items):\n'
         "    items[:] = [item for item in items if 'simple_cnn_se' not in item.name]\n",
-        encoding='utf-8')
+        encoding='utf-8',
+    )
     done = run(tmp_path, TIMM_FILTER='simple_cnn*')
     assert done.returncode == 4
     assert "no test of timm covers ['simple_cnn_se']" in done.stdout + done.stderr

@@ -35,7 +35,8 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def test_a_foreign_file_becomes_a_folder_that_timm_loads(
-        filled: Fill, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    filled: Fill, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = _official_file(tmp_path / 'cbam.pth', filled('cbam_resnet18'))
     before = file.read_bytes()
     out = tmp_path / 'out' / 'cbam'
@@ -64,12 +65,35 @@ def test_a_foreign_file_becomes_a_folder_that_timm_loads(
 def test_head_stem_and_options_of_the_file_are_arguments(filled: Fill, tmp_path: Path) -> None:
     state_dict = filled('triplet_resnet18')
     state_dict = {k: v[..., 2:5, 2:5] if v.shape[-2:] == (7, 7) and 'Gate' in k else v for k, v in state_dict.items()}
-    state_dict |= {'fc.weight': state_dict['fc.weight'][:7], 'fc.bias': state_dict['fc.bias'][:7],
-                   'conv1.weight': state_dict['conv1.weight'][:, :1, 2:5, 2:5]}
+    state_dict |= {
+        'fc.weight': state_dict['fc.weight'][:7],
+        'fc.bias': state_dict['fc.bias'][:7],
+        'conv1.weight': state_dict['conv1.weight'][:, :1, 2:5, 2:5],
+    }
     file = _official_file(tmp_path / 'x.pth', state_dict)
     out = tmp_path / 'out'
-    assert main(['convert', str(file), '--model', 'triplet_resnet18', '--out', str(out), '--num-classes', '7',
-                 '--in-chans', '1', '--cifar-stem', '--attn-args', '{"kernel_size": 3}', '--licence', 'mit']) == 0
+    assert (
+        main(
+            [
+                'convert',
+                str(file),
+                '--model',
+                'triplet_resnet18',
+                '--out',
+                str(out),
+                '--num-classes',
+                '7',
+                '--in-chans',
+                '1',
+                '--cifar-stem',
+                '--attn-args',
+                '{"kernel_size": 3}',
+                '--licence',
+                'mit',
+            ]
+        )
+        == 0
+    )
     model = timm.create_model(f'local-dir:{out}', pretrained=True).eval()
     with torch.inference_mode():
         assert model(torch.rand(1, 1, 32, 32)).shape == (1, 7)
@@ -77,18 +101,31 @@ def test_head_stem_and_options_of_the_file_are_arguments(filled: Fill, tmp_path:
     assert _config(out)['pretrained_cfg']['license'] == 'mit'
 
 
-def test_a_plain_resnet_is_written_as_a_warm_start(
-        plain: Callable[[int], dict[str, Tensor]], tmp_path: Path) -> None:
+def test_a_plain_resnet_is_written_as_a_warm_start(plain: Callable[[int], dict[str, Tensor]], tmp_path: Path) -> None:
     torch.save(plain(18), tmp_path / 'plain.pth')
     out = tmp_path / 'out'
-    assert main(['convert', str(tmp_path / 'plain.pth'), '--model', 'eca_resnet18', '--out', str(out), '--source',
-                 'torchvision']) == 0
+    assert (
+        main(
+            [
+                'convert',
+                str(tmp_path / 'plain.pth'),
+                '--model',
+                'eca_resnet18',
+                '--out',
+                str(out),
+                '--source',
+                'torchvision',
+            ]
+        )
+        == 0
+    )
     assert _config(out)['timm_attn']['status'] == 'warm start'
     assert 'warm start' in (out / 'README.md').read_text()
 
 
 def test_a_known_checksum_tells_which_of_two_nets_with_equal_keys_it_is(
-        filled: Fill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    filled: Fill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / 'seresnet50b.pth'
     torch.save(filled('pytorchcv_seresnet50b'), file)
     sha1 = hashlib.sha1(file.read_bytes()).hexdigest()
@@ -105,14 +142,18 @@ def test_a_known_checksum_tells_which_of_two_nets_with_equal_keys_it_is(
     assert _config(tmp_path / 'out')['timm_attn']['provenance']['source'] == 'pytorchcv/seresnet50b'
 
 
-@pytest.mark.parametrize(('words', 'message'), [
-    (['--sha1', '0' * 40], 'not 0000000000000000000000000000000000000000: it is another file'),
-    (['--sha256', 'abc'], 'not abc: it is another file'),
-    (['--model', 'bam_resnet18'], "a net with 'srm' (srm), and bam_resnet18 has 'bam'"),
-    (['--num-classes', '10'], 'pass num_classes=1000'),
-])
+@pytest.mark.parametrize(
+    ('words', 'message'),
+    [
+        (['--sha1', '0' * 40], 'not 0000000000000000000000000000000000000000: it is another file'),
+        (['--sha256', 'abc'], 'not abc: it is another file'),
+        (['--model', 'bam_resnet18'], "a net with 'srm' (srm), and bam_resnet18 has 'bam'"),
+        (['--num-classes', '10'], 'pass num_classes=1000'),
+    ],
+)
 def test_a_wrong_file_is_refused_and_nothing_is_written(
-        words: list[str], message: str, filled: Fill, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words: list[str], message: str, filled: Fill, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = _official_file(tmp_path / 'x.pth', filled('srm_resnet18'))
     before = file.read_bytes()
     out = tmp_path / 'out'
@@ -125,7 +166,8 @@ def test_a_wrong_file_is_refused_and_nothing_is_written(
 
 
 def test_a_folder_that_holds_something_is_kept_without_overwrite(
-        filled: Fill, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    filled: Fill, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = _official_file(tmp_path / 'x.pth', filled('srm_resnet18'))
     out = tmp_path / 'out'
     out.mkdir()
@@ -154,8 +196,14 @@ def test_wrong_usage_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_the_official_table_covers_what_authors_host() -> None:
     names = {o.name for o in OFFICIAL}
-    assert {'cbam_resnet50', 'bam_resnet50', 'moskomule_se_resnet50', 'insight_se_resnet101', 'insight_sk_resnet50',
-            'insight_sk_resnet101'} <= names
+    assert {
+        'cbam_resnet50',
+        'bam_resnet50',
+        'moskomule_se_resnet50',
+        'insight_se_resnet101',
+        'insight_sk_resnet50',
+        'insight_sk_resnet101',
+    } <= names
     assert {f'eca_resnet{d}' for d in (18, 34, 50, 101, 152)} <= names
     assert {f'triplet_resnet{d}_k{k}' for d in (18, 50) for k in (3, 7)} <= names
     assert len({o.url for o in OFFICIAL}) == len(names) == len(OFFICIAL)
@@ -180,9 +228,11 @@ class _Drive(http.server.BaseHTTPRequestHandler):
             self.send_error(404)
             return
         if 'id' in query and 'confirm' not in query:
-            page = ('<html><form id="download-form" action="https://drive.usercontent.google.com/download">'
-                    f'<input type="hidden" name="id" value="{query["id"]}">'
-                    '<input type="hidden" name="confirm" value="t"></form></html>').encode()
+            page = (
+                '<html><form id="download-form" action="https://drive.usercontent.google.com/download">'
+                f'<input type="hidden" name="id" value="{query["id"]}">'
+                '<input type="hidden" name="confirm" value="t"></form></html>'
+            ).encode()
             self._send(page, 'text/html', {})
             return
         self._send(data, 'application/octet-stream', {'Content-Disposition': 'attachment; filename="x.pth"'})
@@ -244,9 +294,12 @@ def test_a_file_on_drive_is_fetched_and_converted(filled: Fill, tmp_path: Path, 
 
 
 def test_a_file_with_options_and_one_at_another_address_are_fetched_too(
-        filled: Fill, tmp_path: Path, drive: dict[str, bytes]) -> None:
-    state_dict = {k: v[..., 2:5, 2:5] if v.shape[-2:] == (7, 7) and 'Gate' in k else v
-                  for k, v in filled('triplet_resnet18').items()}
+    filled: Fill, tmp_path: Path, drive: dict[str, bytes]
+) -> None:
+    state_dict = {
+        k: v[..., 2:5, 2:5] if v.shape[-2:] == (7, 7) and 'Gate' in k else v
+        for k, v in filled('triplet_resnet18').items()
+    }
     drive[get_official('triplet_resnet18_k3').place] = _bytes(tmp_path, state_dict)
     assert main(['convert', 'official/triplet_resnet18_k3', '--out', str(tmp_path / 'k3')]) == 0
     assert _config(tmp_path / 'k3')['model_args']['attn_args'] == {'kernel_size': 3}
@@ -254,12 +307,13 @@ def test_a_file_with_options_and_one_at_another_address_are_fetched_too(
     url = get_official('moskomule_se_resnet50').url
     drive[urllib.parse.urlsplit(url).path] = _bytes(tmp_path, filled('se_moskomule_resnet50'))
     assert main(['convert', 'official/moskomule_se_resnet50', '--out', str(tmp_path / 'se')]) == 0
-    model = timm.create_model(f"local-dir:{tmp_path / 'se'}", pretrained=True)
+    model = timm.create_model(f'local-dir:{tmp_path / "se"}', pretrained=True)
     assert not model.state_dict()['layer1.0.se.fc1.bias'].any()
 
 
 def test_files_without_a_licence_need_a_word_and_the_card_says_so(
-        filled: Fill, tmp_path: Path, drive: dict[str, bytes], capsys: pytest.CaptureFixture[str]) -> None:
+    filled: Fill, tmp_path: Path, drive: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
     drive[get_official('insight_sk_resnet50').place] = _bytes(tmp_path, filled('sk_insight_resnet50'))
     out = tmp_path / 'out'
     command = ['convert', 'official/insight_sk_resnet50', '--out', str(out)]
@@ -272,7 +326,8 @@ def test_files_without_a_licence_need_a_word_and_the_card_says_so(
 
 
 def test_a_download_that_fails_says_how_to_go_on(
-        tmp_path: Path, drive: dict[str, bytes], capsys: pytest.CaptureFixture[str]) -> None:
+    tmp_path: Path, drive: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(['convert', 'official/cbam_resnet50', '--out', str(tmp_path / 'out')]) == 1
     error = capsys.readouterr().err
     assert 'Fetch it with a browser and give its path to timm-attn convert --model cbam_resnet50' in error

@@ -66,8 +66,14 @@ def _tap(stages: dict[str, Tensor], name: str, module: nn.Module, args: Any, out
 @pytest.mark.slow
 @pytest.mark.parametrize(('name', 'model_name', 'source'), NETS)
 def test_a_released_net_gives_its_authors_logits_and_stage_statistics(
-        name: str, model_name: str, source: str, golden: Path, filled: Fill, with_weights: Build,
-        signal: Callable[[str, tuple[int, ...]], Tensor]) -> None:
+    name: str,
+    model_name: str,
+    source: str,
+    golden: Path,
+    filled: Fill,
+    with_weights: Build,
+    signal: Callable[[str, tuple[int, ...]], Tensor],
+) -> None:
     state_dict = filled(name)
     with safe_open(golden / f'{name}.safetensors', 'pt') as file:
         expected = {k: file.get_tensor(k) for k in file.keys()}
@@ -96,7 +102,8 @@ def test_a_released_net_gives_its_authors_logits_and_stage_statistics(
 
 @pytest.mark.parametrize(('name', 'model_name', 'source'), LISTS)
 def test_every_key_list_converts_and_loads_strictly(
-        name: str, model_name: str, source: str | None, filled: Fill) -> None:
+    name: str, model_name: str, source: str | None, filled: Fill
+) -> None:
     state_dict = filled(name)
     before = {k: v.clone() for k, v in state_dict.items()}
     converted = convert(state_dict, model_name, source)
@@ -113,8 +120,14 @@ def test_every_key_list_converts_and_loads_strictly(
 
 def _gam_net(filled: Fill, randomise: Any) -> dict[str, Tensor]:
     """A gam_resnet18 whose attention has the circulating code's names, its first module the shared key list."""
-    names = {'fc1': 'channel_attention.0', 'fc2': 'channel_attention.2', 'conv1': 'spatial_attention.0',
-             'bn1': 'spatial_attention.1', 'conv2': 'spatial_attention.3', 'bn2': 'spatial_attention.4'}
+    names = {
+        'fc1': 'channel_attention.0',
+        'fc2': 'channel_attention.2',
+        'conv1': 'spatial_attention.0',
+        'bn1': 'spatial_attention.1',
+        'conv2': 'spatial_attention.3',
+        'bn2': 'spatial_attention.4',
+    }
     net = {}
     for key, value in randomise(timm.create_model('gam_resnet18', device='meta'), 0).items():
         if '.se.' in key:
@@ -141,7 +154,8 @@ def test_circulating_gam_converts_once_the_caller_says_what_its_gate_is(filled: 
 @pytest.mark.parametrize('branches', [('ChannelGateH', 'ChannelGateW', 'SpatialGate'), ('cw', 'hc', 'hw')])
 @pytest.mark.parametrize('inner', ['spatial', 'conv'])
 def test_every_spelling_of_triplet_attention_gives_the_same_weights(
-        attribute: str, branches: tuple[str, str, str], inner: str, filled: Fill) -> None:
+    attribute: str, branches: tuple[str, str, str], inner: str, filled: Fill
+) -> None:
     state_dict = filled('triplet_resnet18')
     expected = convert(state_dict, 'triplet_resnet18')
     spelled = {}
@@ -156,8 +170,10 @@ def test_every_spelling_of_triplet_attention_gives_the_same_weights(
 
 
 def test_triplet_with_kernel_3_converts_for_the_model_that_has_it(filled: Fill) -> None:
-    state_dict = {k: v[..., 2:5, 2:5] if v.shape[-2:] == (7, 7) and 'Gate' in k else v
-                  for k, v in filled('triplet_resnet18').items()}
+    state_dict = {
+        k: v[..., 2:5, 2:5] if v.shape[-2:] == (7, 7) and 'Gate' in k else v
+        for k, v in filled('triplet_resnet18').items()
+    }
     converted = convert(state_dict, 'triplet_resnet18', attn_args={'kernel_size': 3})
     assert converted['layer1.0.se.cw.conv.weight'].shape == (1, 2, 3, 3)
     with pytest.raises(ValueError, match=r"attn_args=\{'kernel_size': 3\}"):
@@ -167,8 +183,9 @@ def test_triplet_with_kernel_3_converts_for_the_model_that_has_it(filled: Fill) 
 def test_shorter_eca_kernels_are_padded_and_give_the_same_logits(filled: Fill, with_weights: Build) -> None:
     state_dict = filled('eca_resnet18_k3577')
     # Cut every kernel to its middle 3: a net with k = 3 everywhere.
-    state_dict = {k: v[..., (v.shape[-1] - 3) // 2:(v.shape[-1] + 3) // 2] if v.ndim == 3 else v
-                  for k, v in state_dict.items()}
+    state_dict = {
+        k: v[..., (v.shape[-1] - 3) // 2 : (v.shape[-1] + 3) // 2] if v.ndim == 3 else v for k, v in state_dict.items()
+    }
     padded = with_weights('eca_resnet18', convert(state_dict, 'eca_resnet18')).double()
     args: dict[str, Any] = {'attn_args': {'kernel_size': 3}}
     short = with_weights('eca_resnet18', convert(state_dict, 'eca_resnet18', **args), **args).double()
@@ -195,8 +212,12 @@ def test_missing_batch_counts_are_zero(filled: Fill) -> None:
 
 def test_insight_se_has_biases_and_matrices(filled: Fill) -> None:
     own = convert(filled('pytorchcv_seresnet18'), 'se_resnet18')
-    theirs = {k.replace('.se.fc1.', '.se.fc.0.').replace('.se.fc2.', '.se.fc.2.'): v.flatten(1)
-              if '.se.fc' in k and k.endswith('weight') else v for k, v in own.items()}
+    theirs = {
+        k.replace('.se.fc1.', '.se.fc.0.').replace('.se.fc2.', '.se.fc.2.'): v.flatten(1)
+        if '.se.fc' in k and k.endswith('weight')
+        else v
+        for k, v in own.items()
+    }
     converted = convert(theirs, 'se_resnet18')
     assert all(torch.equal(v, own[k]) for k, v in converted.items())
     with pytest.raises(ValueError, match=r"source \(='moskomule'\) does not fit: the keys are those of insight"):
@@ -204,8 +225,10 @@ def test_insight_se_has_biases_and_matrices(filled: Fill) -> None:
 
 
 def test_insight_names_the_same_cbam_as_its_authors(filled: Fill) -> None:
-    assert convert(filled('cbam_resnet18'), 'cbam_resnet18', 'insight').keys() == convert(
-        filled('cbam_resnet18'), 'cbam_resnet18', 'jongchan').keys()
+    assert (
+        convert(filled('cbam_resnet18'), 'cbam_resnet18', 'insight').keys()
+        == convert(filled('cbam_resnet18'), 'cbam_resnet18', 'jongchan').keys()
+    )
 
 
 @pytest.mark.parametrize('name', ['seresnet50', 'skresnext50_32x4d'])
@@ -221,6 +244,7 @@ def test_timms_own_nets_give_the_same_logits(name: str, randomise: Any, with_wei
 
 def test_timms_cbam_is_flipped_and_gives_the_same_logits(randomise: Any, with_weights: Build) -> None:
     from timm.layers.cbam import CbamModule
+
     theirs = timm.create_model('resnet18', block_args=dict(attn_layer=CbamModule), device='meta')
     state_dict = randomise(theirs, 2)
     theirs.load_state_dict(state_dict, assign=True)
@@ -240,13 +264,16 @@ def test_timms_eca_gives_the_same_logits_though_its_kernels_are_shorter(randomis
         torch.testing.assert_close(ours(x), theirs.double().eval()(x), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize('wrap', [
-    lambda sd: {'state_dict': sd, 'optimizer': {}},
-    lambda sd: {'model': {f'_orig_mod.{k}': v for k, v in sd.items()}},
-    lambda sd: {'state_dict': {}, 'state_dict_ema': {f'module.{k}': v for k, v in sd.items()}},
-    lambda sd: {'model': {}, 'model_ema': {f'module._orig_mod.{k}': v for k, v in sd.items()}},
-    lambda sd: {f'_orig_mod.module.{k}': v for k, v in sd.items()},
-])
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda sd: {'state_dict': sd, 'optimizer': {}},
+        lambda sd: {'model': {f'_orig_mod.{k}': v for k, v in sd.items()}},
+        lambda sd: {'state_dict': {}, 'state_dict_ema': {f'module.{k}': v for k, v in sd.items()}},
+        lambda sd: {'model': {}, 'model_ema': {f'module._orig_mod.{k}': v for k, v in sd.items()}},
+        lambda sd: {f'_orig_mod.module.{k}': v for k, v in sd.items()},
+    ],
+)
 def test_wrappers_and_prefixes_are_taken_off(wrap: Callable[[dict[str, Tensor]], dict[str, Any]], filled: Fill) -> None:
     state_dict = filled('srm_resnet18')
     expected = convert(state_dict, 'srm_resnet18')
@@ -257,11 +284,14 @@ def test_wrappers_and_prefixes_are_taken_off(wrap: Callable[[dict[str, Tensor]],
 
 @pytest.mark.parametrize('args', [dict(num_classes=10), dict(in_chans=1), dict(cifar_stem=True, num_classes=100)])
 def test_checkpoints_of_other_heads_and_stems_convert_for_the_model_that_has_them(
-        args: dict[str, Any], filled: Fill) -> None:
+    args: dict[str, Any], filled: Fill
+) -> None:
     state_dict = filled('cbam_resnet18')
     if 'num_classes' in args:
-        state_dict |= {'fc.weight': state_dict['fc.weight'][:args['num_classes']],
-                       'fc.bias': state_dict['fc.bias'][:args['num_classes']]}
+        state_dict |= {
+            'fc.weight': state_dict['fc.weight'][: args['num_classes']],
+            'fc.bias': state_dict['fc.bias'][: args['num_classes']],
+        }
     if 'in_chans' in args:
         state_dict['conv1.weight'] = state_dict['conv1.weight'][:, :1]
     if 'cifar_stem' in args:
@@ -275,8 +305,15 @@ def test_checkpoints_of_other_heads_and_stems_convert_for_the_model_that_has_the
 
 
 def test_our_own_checkpoints_pass_unchanged(randomise: Any) -> None:
-    for name in ('cbam_resnet18', 'bam_resnet18', 'se_resnet18', 'csa_resnet18', 'sk_resnet50', 'simple_cnn',
-                 'simple_cnn_gam'):
+    for name in (
+        'cbam_resnet18',
+        'bam_resnet18',
+        'se_resnet18',
+        'csa_resnet18',
+        'sk_resnet50',
+        'simple_cnn',
+        'simple_cnn_gam',
+    ):
         state_dict = randomise(timm.create_model(name, device='meta'), 0)
         converted = convert(state_dict, name)
         assert list(converted) == list(state_dict)
@@ -285,5 +322,17 @@ def test_our_own_checkpoints_pass_unchanged(randomise: Any) -> None:
 
 def test_sources_are_listed() -> None:
     assert list_sources() == [
-        'cadene', 'ecanet', 'gam', 'gsop', 'insight', 'jongchan', 'moskomule', 'pytorchcv', 'srm', 'timm', 'timm_attn',
-        'torchvision', 'triplet']
+        'cadene',
+        'ecanet',
+        'gam',
+        'gsop',
+        'insight',
+        'jongchan',
+        'moskomule',
+        'pytorchcv',
+        'srm',
+        'timm',
+        'timm_attn',
+        'torchvision',
+        'triplet',
+    ]

@@ -15,12 +15,16 @@ from timm_attn._folder import save
 
 
 def test_head_and_attention_train_alone_and_the_saved_model_gives_the_same_logits(
-        plain: Callable[[int], dict[str, Tensor]], tmp_path: Path) -> None:
+    plain: Callable[[int], dict[str, Tensor]], tmp_path: Path
+) -> None:
     save_file(plain(18), tmp_path / 'plain.safetensors')
     torch.manual_seed(0)
     model = timm.create_model(
-        'cbam_resnet18.resnet18_a1_in1k', pretrained=True, num_classes=10,
-        pretrained_cfg_overlay=dict(hf_hub_id=None, file=str(tmp_path / 'plain.safetensors')))
+        'cbam_resnet18.resnet18_a1_in1k',
+        pretrained=True,
+        num_classes=10,
+        pretrained_cfg_overlay=dict(hf_hub_id=None, file=str(tmp_path / 'plain.safetensors')),
+    )
     model.requires_grad_(False)
     trained = [model.get_submodule('fc'), *timm_attn.attn_sites(model).values()]
     for module in trained:
@@ -38,7 +42,7 @@ def test_head_and_attention_train_alone_and_the_saved_model_gives_the_same_logit
     assert any('.se.' in k for k in moved)
 
     save(model, tmp_path / 'tuned', status='trained')
-    again = timm.create_model(f"local-dir:{tmp_path / 'tuned'}", pretrained=True).eval()
+    again = timm.create_model(f'local-dir:{tmp_path / "tuned"}', pretrained=True).eval()
     with torch.inference_mode():
         assert torch.equal(again(x), model(x))
 

@@ -28,7 +28,8 @@ NETS = [
 
 @pytest.mark.parametrize(('net', 'model_name'), NETS)
 def test_a_live_net_and_its_conversion_give_the_same_logits(
-        net: str, model_name: str, randomise: Any, with_weights: Callable[..., nn.Module]) -> None:
+    net: str, model_name: str, randomise: Any, with_weights: Callable[..., nn.Module]
+) -> None:
     from pytorchcv.model_provider import get_model
 
     with torch.device('meta'):

@@ -114,7 +114,7 @@ def test_a_malicious_pickle_runs_nothing(kind: str, tmp_path: Path) -> None:
 def test_a_truncated_file_is_refused(kind: str, tmp_path: Path) -> None:
     path = _written(tmp_path, kind)
     data = path.read_bytes()
-    path.write_bytes(data[:len(data) // 2])
+    path.write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=r'damaged|cannot be read as a checkpoint'):
         read_checkpoint(path)
     path.write_bytes(b'')

@@ -74,22 +74,28 @@ def test_an_eca_kernel_longer_than_the_models_is_refused(filled: Fill) -> None:
         convert(filled('eca_resnet18_k3577'), 'eca_resnet18', attn_args={'kernel_size': 3})
 
 
-@pytest.mark.parametrize(('name', 'model_name', 'message'), [
-    ('cbam_resnet18', 'bam_resnet18', r"a net with 'cbam' \(jongchan\), and bam_resnet18 has 'bam'"),
-    ('eca_resnet18_k3577', 'se_resnet18', r"a net with 'eca' \(ecanet\), and se_resnet18 has 'se'"),
-    ('pytorchcv_cbam_resnet18', 'se_resnet18', r"a net with 'cbam' \(pytorchcv\)"),
-    ('srm_resnet18', 'simple_cnn', r"'srm' \(srm\), and simple_cnn has no attention"),
-])
+@pytest.mark.parametrize(
+    ('name', 'model_name', 'message'),
+    [
+        ('cbam_resnet18', 'bam_resnet18', r"a net with 'cbam' \(jongchan\), and bam_resnet18 has 'bam'"),
+        ('eca_resnet18_k3577', 'se_resnet18', r"a net with 'eca' \(ecanet\), and se_resnet18 has 'se'"),
+        ('pytorchcv_cbam_resnet18', 'se_resnet18', r"a net with 'cbam' \(pytorchcv\)"),
+        ('srm_resnet18', 'simple_cnn', r"'srm' \(srm\), and simple_cnn has no attention"),
+    ],
+)
 def test_weights_of_another_attention_are_refused(name: str, model_name: str, message: str, filled: Fill) -> None:
     with pytest.raises(ValueError, match=message):
         convert(filled(name), model_name)
 
 
-@pytest.mark.parametrize(('source', 'message'), [
-    ('jonchan', r"Unknown source 'jonchan'. Expected one of: cadene, ecanet"),
-    ('triplet', r"source \(='triplet'\) does not fit: the keys are those of insight or jongchan"),
-    ('jongchan/cbam', r"A net is named for pytorchcv only"),
-])
+@pytest.mark.parametrize(
+    ('source', 'message'),
+    [
+        ('jonchan', r"Unknown source 'jonchan'. Expected one of: cadene, ecanet"),
+        ('triplet', r"source \(='triplet'\) does not fit: the keys are those of insight or jongchan"),
+        ('jongchan/cbam', r'A net is named for pytorchcv only'),
+    ],
+)
 def test_a_source_that_does_not_fit_is_refused(source: str, message: str, filled: Fill) -> None:
     with pytest.raises(ValueError, match=message):
         convert(filled('cbam_resnet18'), 'cbam_resnet18', source)
@@ -133,28 +139,35 @@ def test_two_keys_that_become_one_are_refused(filled: Fill) -> None:
 def test_weights_that_are_not_finite_are_refused(value: float, filled: Fill) -> None:
     state_dict = filled('cbam_resnet18')
     state_dict['layer2.0.bn1.running_var'] = state_dict['layer2.0.bn1.running_var'].index_fill(
-        0, torch.tensor([1]), value)
-    with pytest.raises(ValueError, match=r"NaN or infinite.*layer2\.0\.bn1\.running_var"):
+        0, torch.tensor([1]), value
+    )
+    with pytest.raises(ValueError, match=r'NaN or infinite.*layer2\.0\.bn1\.running_var'):
         convert(state_dict, 'cbam_resnet18')
 
 
-@pytest.mark.parametrize(('checkpoint', 'message'), [
-    ({}, r'holds no weights: its entries are none'),
-    ({'epoch': 3, 'state_dict': {}}, r'holds no weights'),
-    ({'epoch': 3, 'arch': 'x'}, r"holds no weights: its entries are \['epoch', 'arch'\]"),
-    ({'conv1.weight': torch.zeros(1), 'epoch': 3}, r"tensors only; this one has also: \{'epoch': 'int'\}"),
-    ({'backbone.conv.weight': torch.zeros(1)}, r'those of no known source'),
-])
+@pytest.mark.parametrize(
+    ('checkpoint', 'message'),
+    [
+        ({}, r'holds no weights: its entries are none'),
+        ({'epoch': 3, 'state_dict': {}}, r'holds no weights'),
+        ({'epoch': 3, 'arch': 'x'}, r"holds no weights: its entries are \['epoch', 'arch'\]"),
+        ({'conv1.weight': torch.zeros(1), 'epoch': 3}, r"tensors only; this one has also: \{'epoch': 'int'\}"),
+        ({'backbone.conv.weight': torch.zeros(1)}, r'those of no known source'),
+    ],
+)
 def test_a_dict_without_a_nets_weights_is_refused(checkpoint: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         convert(checkpoint, 'cbam_resnet18')
 
 
-@pytest.mark.parametrize(('name', 'message'), [
-    ('cbam_resnet19', r"Unknown model 'cbam_resnet19'"),
-    ('hf-hub:me/model', r"Unknown model 'hf-hub:me/model'"),
-    ('resnet18', r"'resnet18' is timm's own model"),
-])
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('cbam_resnet19', r"Unknown model 'cbam_resnet19'"),
+        ('hf-hub:me/model', r"Unknown model 'hf-hub:me/model'"),
+        ('resnet18', r"'resnet18' is timm's own model"),
+    ],
+)
 def test_a_model_that_is_none_of_ours_is_refused(name: str, message: str, filled: Fill) -> None:
     with pytest.raises(ValueError, match=re.compile(message)):
         convert(filled('cbam_resnet18'), name)

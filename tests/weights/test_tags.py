@@ -106,11 +106,10 @@ def test_preprocessing_is_that_of_the_weights(tag: Tag) -> None:
 DEEP = ('eca_resnet152', 'bam_resnet101', 'gam_resnet101')
 
 
-@pytest.mark.parametrize(
-    'tag', [t for t in WARM if t.model in DEEP or not t.model.endswith(('101', '152'))], ids=_id)
+@pytest.mark.parametrize('tag', [t for t in WARM if t.model in DEEP or not t.model.endswith(('101', '152'))], ids=_id)
 def test_a_warm_tag_gives_the_plain_resnets_logits(
-        tag: Tag, plain: Plain, with_weights: Callable[..., nn.Module], quick_init: None,
-        caplog: pytest.LogCaptureFixture) -> None:
+    tag: Tag, plain: Plain, with_weights: Callable[..., nn.Module], quick_init: None, caplog: pytest.LogCaptureFixture
+) -> None:
     depth = int(re.sub(r'\D', '', tag.model))
     with caplog.at_level(logging.WARNING):
         model = timm.create_model(_full(tag), pretrained=True, pretrained_cfg_overlay=_local(state_dict=plain(depth)))
@@ -130,13 +129,13 @@ def test_a_warm_tag_finds_every_key_of_its_plain_resnet(tag: Tag) -> None:
 
 
 @pytest.mark.parametrize('tag', FROM_TIMM, ids=_id)
-def test_a_tag_of_timms_weights_loads_them_all(
-        tag: Tag, randomise: Any, tmp_path: Path, quick_init: None) -> None:
+def test_a_tag_of_timms_weights_loads_them_all(tag: Tag, randomise: Any, tmp_path: Path, quick_init: None) -> None:
     net = tag.hf_hub_id.removeprefix('timm/').partition('.')[0]
     state_dict = randomise(timm.create_model(net, device='meta'), 5)
     save_file(state_dict, tmp_path / 'model.safetensors')
     model = timm.create_model(
-        _full(tag), pretrained=True, pretrained_cfg_overlay=_local(file=str(tmp_path / 'model.safetensors')))
+        _full(tag), pretrained=True, pretrained_cfg_overlay=_local(file=str(tmp_path / 'model.safetensors'))
+    )
     expected = convert(state_dict, tag.model, 'timm')
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
 
@@ -165,21 +164,30 @@ def _release(tag: Tag, state_dict: dict[str, Tensor], folder: Path) -> Path:
 @pytest.mark.filterwarnings(ZIP_WARNING)
 @pytest.mark.parametrize('tag', FROM_PCV, ids=_id)
 def test_a_tag_of_pytorchcv_loads_from_a_server_that_has_the_release(
-        tag: Tag, served: tuple[Path, str], filled: Callable[[str], dict[str, Tensor]], randomise: Any, tmp_path: Path,
-        quick_init: None) -> None:
+    tag: Tag,
+    served: tuple[Path, str],
+    filled: Callable[[str], dict[str, Tensor]],
+    randomise: Any,
+    tmp_path: Path,
+    quick_init: None,
+) -> None:
     folder, address = served
     state_dict = _pcv_state(tag, filled, randomise)
     path = _release(tag, state_dict, folder)
     model = timm.create_model(
-        _full(tag), pretrained=True, cache_dir=tmp_path / 'cache',
-        pretrained_cfg_overlay=dict(url=f'{address}/{path.name}'))
+        _full(tag),
+        pretrained=True,
+        cache_dir=tmp_path / 'cache',
+        pretrained_cfg_overlay=dict(url=f'{address}/{path.name}'),
+    )
     expected = convert(state_dict, tag.model, tag.source)
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
 
 
 @pytest.mark.filterwarnings(ZIP_WARNING)
 def test_a_download_with_another_checksum_is_refused(
-        filled: Callable[[str], dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled: Callable[[str], dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tag = tags_of('se_resnet18')[0]
     hub = tmp_path / 'hub'
     (hub / 'checkpoints').mkdir(parents=True)
@@ -194,8 +202,8 @@ def test_a_download_with_another_checksum_is_refused(
 
 
 def test_a_files_checksum_outweighs_the_tags_word_for_it(
-        filled: Callable[[str], dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-        quick_init: None) -> None:
+    filled: Callable[[str], dict[str, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick_init: None
+) -> None:
     file = tmp_path / 'net.pth'
     torch.save(filled('pytorchcv_seresnet50'), file)
     load: dict[str, Any] = dict(pretrained=True, pretrained_cfg_overlay=_local(file=str(file)))
@@ -238,26 +246,29 @@ def test_a_checkpoint_of_our_own_loads_by_path(randomise: Any, tmp_path: Path) -
     save_file(state_dict, tmp_path / 'own.safetensors')
     path = str(tmp_path / 'own.safetensors')
     ways: list[dict[str, Any]] = [
-        dict(checkpoint_path=path), dict(pretrained=True, pretrained_cfg_overlay=_local(file=path))]
+        dict(checkpoint_path=path),
+        dict(pretrained=True, pretrained_cfg_overlay=_local(file=path)),
+    ]
     for args in ways:
         model = timm.create_model('cbam_resnet18', **args)
         assert all(torch.equal(v, state_dict[k]) for k, v in model.state_dict().items())
 
 
 def test_a_foreign_file_in_the_place_of_a_tags_is_converted_or_refused(
-        filled: Callable[[str], dict[str, Tensor]], tmp_path: Path, plain: Plain) -> None:
+    filled: Callable[[str], dict[str, Tensor]], tmp_path: Path, plain: Plain
+) -> None:
     official = {'state_dict': {f'module.{k}': v for k, v in filled('cbam_resnet18').items()}}
     torch.save(official, tmp_path / 'official.pth')
     model = timm.create_model(
-        'cbam_resnet18', pretrained=True, pretrained_cfg_overlay=_local(file=str(tmp_path / 'official.pth')))
+        'cbam_resnet18', pretrained=True, pretrained_cfg_overlay=_local(file=str(tmp_path / 'official.pth'))
+    )
     expected = convert(official, 'cbam_resnet18')
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
 
     def refused(name: str, state_dict: dict[str, Tensor], message: str, **args: Any) -> None:
         before = {k: v.clone() for k, v in state_dict.items()}
         with pytest.raises(ValueError, match=message):
-            timm.create_model(
-                name, pretrained=True, pretrained_cfg_overlay=_local(state_dict=state_dict), **args)
+            timm.create_model(name, pretrained=True, pretrained_cfg_overlay=_local(state_dict=state_dict), **args)
         assert all(torch.equal(v, before[k]) for k, v in state_dict.items()) and len(before) == len(state_dict)
 
     refused('se_resnet18', filled('cbam_resnet18'), "a net with 'cbam'")
@@ -275,8 +286,8 @@ def test_a_saved_folder_that_lacks_keys_is_refused_though_its_head_changes(tmp_p
     save(model, tmp_path / 'own', card=False)
     part = {k: v for k, v in model.state_dict().items() if not k.startswith('layer4.1.se.')}
     save_file(part, tmp_path / 'own' / 'model.safetensors')
-    with pytest.raises(ValueError, match=r"4 missing keys: layer4\.1\.se\.fc1\.weight"):
-        timm.create_model(f"local-dir:{tmp_path / 'own'}", pretrained=True, num_classes=5)
+    with pytest.raises(ValueError, match=r'4 missing keys: layer4\.1\.se\.fc1\.weight'):
+        timm.create_model(f'local-dir:{tmp_path / "own"}', pretrained=True, num_classes=5)
 
 
 def test_the_readmes_table_is_the_tables_text() -> None:

@@ -22,8 +22,11 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize('attn', ATTENTIONS)
 def test_logits_equal_the_plain_resnets(
-        attn: str, plain: Callable[[int], dict[str, Tensor]], with_weights: Callable[..., nn.Module],
-        caplog: pytest.LogCaptureFixture) -> None:
+    attn: str,
+    plain: Callable[[int], dict[str, Tensor]],
+    with_weights: Callable[..., nn.Module],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     state_dict = plain(18)
     before = {k: v.clone() for k, v in state_dict.items()}
     name = f'{attn}_resnet18'
@@ -42,15 +45,26 @@ def test_logits_equal_the_plain_resnets(
 
 
 # A bias in front of a BatchNorm is subtracted again: its gradient is zero but for rounding.
-_NO_EFFECT = {'bam': ('fc1.bias', 'conv_reduce.bias', 'conv_dil1.bias', 'conv_dil2.bias'),
-              'gam': ('conv1.bias', 'conv2.bias')}
-_LAST = {'se': ('fc2.',), 'eca': ('conv.',), 'srm': ('cfc', 'bn.bias'), 'cbam': ('fc2.', 'bn.'),
-         'bam': ('conv_final.',), 'gam': ('fc2.', 'bn2.'), 'triplet': ('cw.bn.', 'hc.bn.', 'hw.bn.'), 'csa': ('gamma',)}
+_NO_EFFECT = {
+    'bam': ('fc1.bias', 'conv_reduce.bias', 'conv_dil1.bias', 'conv_dil2.bias'),
+    'gam': ('conv1.bias', 'conv2.bias'),
+}
+_LAST = {
+    'se': ('fc2.',),
+    'eca': ('conv.',),
+    'srm': ('cfc', 'bn.bias'),
+    'cbam': ('fc2.', 'bn.'),
+    'bam': ('conv_final.',),
+    'gam': ('fc2.', 'bn2.'),
+    'triplet': ('cw.bn.', 'hc.bn.', 'hw.bn.'),
+    'csa': ('gamma',),
+}
 
 
 @pytest.mark.parametrize('attn', ATTENTIONS)
 def test_the_last_layer_moves_in_the_first_step_and_all_of_it_within_three(
-        attn: str, plain: Callable[[int], dict[str, Tensor]]) -> None:
+    attn: str, plain: Callable[[int], dict[str, Tensor]]
+) -> None:
     torch.manual_seed(0)
     model = timm.create_model(f'{attn}_resnet18', num_classes=1000)
     model.load_state_dict(warm_start(plain(18), model))
@@ -77,7 +91,8 @@ def test_the_last_layer_moves_in_the_first_step_and_all_of_it_within_three(
 
 @pytest.mark.parametrize('attn', ['cbam', 'bam'])
 def test_bottlenecks_start_warm_too(
-        attn: str, plain: Callable[[int], dict[str, Tensor]], with_weights: Callable[..., nn.Module]) -> None:
+    attn: str, plain: Callable[[int], dict[str, Tensor]], with_weights: Callable[..., nn.Module]
+) -> None:
     x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     expected = _logits(with_weights('resnet50', plain(50)), x)
     logits = _logits(with_weights(f'{attn}_resnet50', convert(plain(50), f'{attn}_resnet50')), x)
@@ -85,7 +100,8 @@ def test_bottlenecks_start_warm_too(
 
 
 def test_an_injected_model_starts_warm_with_its_gain_counted(
-        plain: Callable[[int], dict[str, Tensor]], with_weights: Callable[..., nn.Module]) -> None:
+    plain: Callable[[int], dict[str, Tensor]], with_weights: Callable[..., nn.Module]
+) -> None:
     x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     expected = _logits(with_weights('resnet18', plain(18)), x)
     model = timm_attn.inject(timm.create_model('resnet18'), 'gam', start='identity')
@@ -93,8 +109,7 @@ def test_an_injected_model_starts_warm_with_its_gain_counted(
     assert torch.equal(_logits(model, x), expected)
 
 
-def test_a_plain_checkpoint_older_than_batch_counts_starts_warm_too(
-        plain: Callable[[int], dict[str, Tensor]]) -> None:
+def test_a_plain_checkpoint_older_than_batch_counts_starts_warm_too(plain: Callable[[int], dict[str, Tensor]]) -> None:
     old = {f'module.{k}': v for k, v in plain(18).items() if not k.endswith('num_batches_tracked')}
     expected = convert(plain(18), 'cbam_resnet18')
     converted = convert({'state_dict': old}, 'cbam_resnet18')
@@ -102,12 +117,14 @@ def test_a_plain_checkpoint_older_than_batch_counts_starts_warm_too(
     assert converted.keys() == expected.keys()
 
 
-@pytest.mark.parametrize(('name', 'message'), [
-    ('sk_resnet50', r'SK has no warm start: it replaces each 3x3 convolution'),
-    ('gsop_resnet50', r'GSoP has no warm start: its last stage has stride 1'),
-])
-def test_sk_and_gsop_have_no_warm_start(
-        name: str, message: str, plain: Callable[[int], dict[str, Tensor]]) -> None:
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('sk_resnet50', r'SK has no warm start: it replaces each 3x3 convolution'),
+        ('gsop_resnet50', r'GSoP has no warm start: its last stage has stride 1'),
+    ],
+)
+def test_sk_and_gsop_have_no_warm_start(name: str, message: str, plain: Callable[[int], dict[str, Tensor]]) -> None:
     with pytest.raises(ValueError, match=message):
         convert(plain(50), name)
 

@@ -23,7 +23,9 @@ def _hooked(module: nn.Module) -> bool:
     """Someone looks at a part of the module (not at the whole), so every part must be called."""
     return any(
         m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        for m in module.modules() if m is not module)
+        for m in module.modules()
+        if m is not module
+    )
 
 
 def _ordinary(x: Any) -> bool:
@@ -33,7 +35,8 @@ def _ordinary(x: Any) -> bool:
         and not x.is_meta
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active())
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _plain_conv(m: nn.Module) -> bool:
@@ -54,16 +57,16 @@ def _absent(m: nn.Module | None) -> bool:
 
 
 def _gated(
-        compiled: bool,
-        attn: nn.Module | None,
-        y: Tensor,
-        a: Tensor | None,
-        b: Tensor | None,
-        found: list[Tensor],
-        keep: Tensor | None,
-        shortcut: Tensor,
-        a1: Tensor | None,
-        b1: Tensor | None,
+    compiled: bool,
+    attn: nn.Module | None,
+    y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    found: list[Tensor],
+    keep: Tensor | None,
+    shortcut: Tensor,
+    a1: Tensor | None,
+    b1: Tensor | None,
 ) -> Tensor | None:
     """ReLU(attention(x) * keep + shortcut * a1 + b1) for x = y * a + b, or None for an attention that needs x itself.
 
@@ -80,6 +83,7 @@ def _gated(
         b1: Like a.
     """
     if type(attn) is TripletAttention:
+
         def of_planes(pooled: list[Tensor]) -> list[Tensor]:
             cw, hc, *hw = pooled
             # (N, C, 2, W) and (N, C, H, 2), as the planes (N, 2, C, W) and (N, 2, H, C)
@@ -98,11 +102,13 @@ def _gated(
             with torch.autocast(y.device.type, enabled=False):
                 channels = cast(Tensor, cast(Any, attn).gate_of(*(f.to(dtype) for f in found)))
         if type(attn) is CBAM and attn.spatial:
+
             def of_pixels(pooled: list[Tensor]) -> list[Tensor]:
                 return [_scaled(attn.gate_of_pixels(pooled[0]), attn.gain)]
 
             return gated_pooled_sum(
-                compiled, y, a, b, channels, (1,), _masked(of_pixels, keep), False, shortcut, a1, b1)
+                compiled, y, a, b, channels, (1,), _masked(of_pixels, keep), False, shortcut, a1, b1
+            )
         assert channels is not None
         channels = _scaled(channels, attn.gain)
     if keep is not None:
@@ -115,8 +121,8 @@ def _scaled(gate: Tensor, gain: float) -> Tensor:
 
 
 def _masked(
-        gates_of: Callable[[list[Tensor]], list[Tensor]],
-        keep: Tensor | None,
+    gates_of: Callable[[list[Tensor]], list[Tensor]],
+    keep: Tensor | None,
 ) -> Callable[[list[Tensor]], list[Tensor]]:
     return gates_of if keep is None else lambda pooled: [gate * keep for gate in gates_of(pooled)]
 
@@ -198,10 +204,12 @@ class Fused(nn.Module):
             all(_plain_norm(self.get_submodule(name), norm) for name in self.norms)
             and all(_plain_conv(self.get_submodule(name)) for name in self.convs)
             and all(type(m) in (nn.ReLU, nn.Identity) for m in acts)
-            and _absent(self.aa) and _absent(self.drop_block)
+            and _absent(self.aa)
+            and _absent(self.drop_block)
             and (_absent(self.drop_path) or type(self.drop_path) is DropPath)
             and (_absent(self.se) or isinstance(self.se, Attention))
-            and (self.downsample is None or type(self.downsample) is nn.Sequential))
+            and (self.downsample is None or type(self.downsample) is nn.Sequential)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         grad = torch.is_grad_enabled()
@@ -343,7 +351,9 @@ def fuse(model: nn.Module, *, freeze: bool = False, compile: bool = True) -> nn.
     if not found and not done:
         warnings.warn(
             f'{type(model).__name__} has no block that timm_attn.fuse knows (timm.models.resnet and those of '
-            'timm_attn): it stays as it is.', stacklevel=2)
+            'timm_attn): it stays as it is.',
+            stacklevel=2,
+        )
         return model
     compiled = compile and compiler_works(next(model.parameters()).device.type)
     for m in found:

@@ -61,7 +61,9 @@ class Kernel:
             except Exception as e:
                 warnings.warn(
                     f'timm_attn.fuse cannot compile {self.function.__name__}() ({type(e).__name__}: '
-                    f'{str(e).splitlines()[:1]}): it stays slow.', stacklevel=2)
+                    f'{str(e).splitlines()[:1]}): it stays slow.',
+                    stacklevel=2,
+                )
                 graph = self._uncompiled
             self.graphs[key] = graph
         results = graph(dense)
@@ -122,18 +124,22 @@ def _compile(function: Callable[..., tuple[Any, ...]], args: Arguments) -> Calla
         return function(*full)
 
     backend = aot_autograd(
-        fw_compiler=capture, inference_compiler=capture, decompositions=select_decomp_table,
-        keep_inference_input_mutations=True)
+        fw_compiler=capture,
+        inference_compiler=capture,
+        decompositions=select_decomp_table,
+        keep_inference_input_mutations=True,
+    )
     scratch = [x.clone() for x in tensors.values()]  # the first call is for compiling only
     tensors = dict(zip(tensors, scratch, strict=True))
     with (
-        torch.no_grad(), torch.autocast(scratch[0].device.type, enabled=False),
+        torch.no_grad(),
+        torch.autocast(scratch[0].device.type, enabled=False),
         shapes.patch(use_duck_shape=False),  # sizes that happen to be equal are not the same size
         dynamo.patch(specialize_float=True),
     ):
         shown = torch.compile(of_tensors, dynamic=True, fullgraph=True, backend=backend)(*scratch)
     torch._dynamo.reset_code(of_tensors.__code__)
-    (graph, sources, made), = found
+    ((graph, sources, made),) = found
     # The graph returns no None, and nothing twice.
     places = [None if r is None else made.index(r.data_ptr()) for r in shown]
 
@@ -145,9 +151,9 @@ def _compile(function: Callable[..., tuple[Any, ...]], args: Arguments) -> Calla
 
 
 def _sources(
-        examples: Sequence[Any],
-        inputs: Arguments,
-        tensors: dict[int, Tensor],
+    examples: Sequence[Any],
+    inputs: Arguments,
+    tensors: dict[int, Tensor],
 ) -> list[Callable[[Arguments], Any]]:
     """Where a graph's inputs come from: functions of the kernel's arguments.
 
@@ -159,8 +165,11 @@ def _sources(
     position = {x.data_ptr(): i for i, x in tensors.items()}
     origins = [position[x.data_ptr()] if isinstance(x, Tensor) else None for x in inputs]
     sizes = {
-        str(size): (i, d) for example, i in zip(examples, origins, strict=True) if i is not None
-        for d, size in enumerate(example.shape)}
+        str(size): (i, d)
+        for example, i in zip(examples, origins, strict=True)
+        if i is not None
+        for d, size in enumerate(example.shape)
+    }
 
     def source(example: Any, value: Any, origin: int | None) -> Callable[[Arguments], Any]:
         if origin is not None:
@@ -182,6 +191,7 @@ def compiler_works(device: str) -> bool:
         warnings.warn(
             f'timm_attn.fuse cannot compile for {device} ({type(e).__name__}: {str(e).splitlines()[0]}); blocks keep '
             'less memory, but are not faster. Install a C++ compiler (CPU) or Triton (GPU), or pass compile=False.',
-            stacklevel=3)
+            stacklevel=3,
+        )
         return False
     return True

@@ -21,12 +21,12 @@ _aten = torch.ops.aten
 
 
 def factors(
-        compiled: bool,
-        bn: nn.BatchNorm2d,
-        y: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        names: tuple[str, ...] = (),
+    compiled: bool,
+    bn: nn.BatchNorm2d,
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    names: tuple[str, ...] = (),
 ) -> tuple[Tensor, ...]:
     """What `kernels.norm` gives for y; in training the batch's statistics, which move the running ones."""
     known = (None, None) if bn.training else (bn.running_mean, bn.running_var)
@@ -50,13 +50,13 @@ def _track(bn: nn.BatchNorm2d, y: Tensor, center: Tensor, spread: Tensor) -> Non
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
-            ctx: Any,
-            compiled: bool,
-            bn: nn.BatchNorm2d,
-            names: tuple[str, ...],
-            y: Tensor,
-            weight: Tensor,
-            bias: Tensor,
+        ctx: Any,
+        compiled: bool,
+        bn: nn.BatchNorm2d,
+        names: tuple[str, ...],
+        y: Tensor,
+        weight: Tensor,
+        bias: Tensor,
     ) -> tuple[Tensor, ...]:
         a, b, center, spread, mean, var, pick, *found = factors(compiled, bn, y, weight, bias, names)
         # What backward does not need is not kept.
@@ -72,8 +72,24 @@ class _Norm(torch.autograd.Function):
         y, weight, a, center, spread, mean, var, pick = ctx.saved_tensors
         by_name = dict(zip(ctx.names, gfound, strict=True))
         grads = kernels.norm_backward(
-            ctx.compiled, g, y, weight, ctx.eps, ctx.training, a, center, spread, mean, var, pick, ga, gb,
-            by_name.get('mean'), by_name.get('var'), by_name.get('peak'))
+            ctx.compiled,
+            g,
+            y,
+            weight,
+            ctx.eps,
+            ctx.training,
+            a,
+            center,
+            spread,
+            mean,
+            var,
+            pick,
+            ga,
+            gb,
+            by_name.get('mean'),
+            by_name.get('var'),
+            by_name.get('peak'),
+        )
         return None, None, None, *grads
 
 
@@ -108,32 +124,42 @@ def convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) ->
 
 
 def convolve_backward(
-        g: Tensor,
-        x: Tensor,
-        conv: nn.Conv2d,
-        weight: Tensor,
-        bias: Tensor | None,
-        wanted: Sequence[bool],
+    g: Tensor,
+    x: Tensor,
+    conv: nn.Conv2d,
+    weight: Tensor,
+    bias: Tensor | None,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, each where it is wanted."""
     sizes = None if bias is None else [bias.shape[0]]
     return _aten.convolution_backward(
-        g, x, weight, sizes, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups,
-        [wanted[0], wanted[1], wanted[2] and bias is not None])
+        g,
+        x,
+        weight,
+        sizes,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        False,
+        [0, 0],
+        conv.groups,
+        [wanted[0], wanted[1], wanted[2] and bias is not None],
+    )
 
 
 class _NormActConv(torch.autograd.Function):
     @staticmethod
     def forward(
-            ctx: Any,
-            compiled: bool,
-            in_place: bool,
-            bn: nn.BatchNorm2d,
-            convs: tuple[nn.Conv2d, ...],
-            y: Tensor,
-            weight: Tensor,
-            bias: Tensor,
-            *params: Tensor | None,
+        ctx: Any,
+        compiled: bool,
+        in_place: bool,
+        bn: nn.BatchNorm2d,
+        convs: tuple[nn.Conv2d, ...],
+        y: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        *params: Tensor | None,
     ) -> tuple[Tensor, ...]:
         a, b, center, spread, *_ = factors(compiled, bn, y, weight, bias)
         (act,) = (kernels.affine_relu_ if in_place else kernels.affine_relu)(compiled, y, a, b)
@@ -150,20 +176,23 @@ class _NormActConv(torch.autograd.Function):
         gact: Any = None
         gparams: list[Tensor | None] = []
         for i, (conv, g) in enumerate(zip(ctx.convs, grads, strict=True)):
-            wanted = (True, *ctx.needs_input_grad[7 + 2 * i:9 + 2 * i])
+            wanted = (True, *ctx.needs_input_grad[7 + 2 * i : 9 + 2 * i])
             gx, *gp = convolve_backward(g, act, conv, params[2 * i], params[2 * i + 1], wanted)
             gact = gx if gact is None else gact.add_(gx)
             gparams += gp
         del act
-        gy = kernels.norm_relu_backward(
-            ctx.compiled, gact, y, weight, ctx.eps, ctx.training, a, b, center, spread)
+        gy = kernels.norm_relu_backward(ctx.compiled, gact, y, weight, ctx.eps, ctx.training, a, b, center, spread)
         return None, None, None, None, *gy, *gparams
 
 
 def norm_act_conv(compiled: bool, bn: nn.BatchNorm2d, y: Tensor, *convs: nn.Conv2d) -> tuple[Tensor, ...]:
     """Convolutions of ReLU(BN(y)), keeping y. Without gradients y is overwritten."""
-    return cast(tuple[Tensor, ...], _NormActConv.apply(
-        compiled, not torch.is_grad_enabled(), bn, convs, y, bn.weight, bn.bias, *conv_params(y, *convs)))
+    return cast(
+        tuple[Tensor, ...],
+        _NormActConv.apply(
+            compiled, not torch.is_grad_enabled(), bn, convs, y, bn.weight, bn.bias, *conv_params(y, *convs)
+        ),
+    )
 
 
 class _GateConv(torch.autograd.Function):
@@ -224,16 +253,16 @@ def _folded(x: Tensor, weight: Tensor) -> Tensor:
 class _GatedSum(torch.autograd.Function):
     @staticmethod
     def forward(
-            ctx: Any,
-            compiled: bool,
-            in_place: bool,
-            y: Tensor,
-            a: Tensor | None,
-            b: Tensor | None,
-            channels: Tensor | None,
-            shortcut: Tensor,
-            a1: Tensor | None,
-            b1: Tensor | None,
+        ctx: Any,
+        compiled: bool,
+        in_place: bool,
+        y: Tensor,
+        a: Tensor | None,
+        b: Tensor | None,
+        channels: Tensor | None,
+        shortcut: Tensor,
+        a1: Tensor | None,
+        b1: Tensor | None,
     ) -> Tensor:
         apply = kernels.gated_sum_ if in_place else kernels.gated_sum
         (out,) = apply(compiled, y, a, b, channels, shortcut, a1, b1, False)
@@ -248,14 +277,14 @@ class _GatedSum(torch.autograd.Function):
 
 
 def gated_sum(
-        compiled: bool,
-        y: Tensor,
-        a: Tensor | None,
-        b: Tensor | None,
-        channels: Tensor | None,
-        shortcut: Tensor,
-        a1: Tensor | None,
-        b1: Tensor | None,
+    compiled: bool,
+    y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    channels: Tensor | None,
+    shortcut: Tensor,
+    a1: Tensor | None,
+    b1: Tensor | None,
 ) -> Tensor:
     """ReLU((y * a + b) * channels + shortcut * a1 + b1), keeping y and the output; y is overwritten without gradients.
 
@@ -275,13 +304,13 @@ def gated_sum(
 class _Pool(torch.autograd.Function):
     @staticmethod
     def forward(
-            ctx: Any,
-            compiled: bool,
-            dims: tuple[int, ...],
-            y: Tensor,
-            a: Tensor | None,
-            b: Tensor | None,
-            channels: Tensor | None,
+        ctx: Any,
+        compiled: bool,
+        dims: tuple[int, ...],
+        y: Tensor,
+        a: Tensor | None,
+        b: Tensor | None,
+        channels: Tensor | None,
     ) -> tuple[Tensor, ...]:
         found = kernels.pool(compiled, y, a, b, channels, dims)
         peaks, pooled = found[::2], found[1::2]
@@ -293,7 +322,7 @@ class _Pool(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gz: Tensor, *more: Tensor) -> tuple[Any, ...]:
         y, a, b, channels, *peaks = ctx.saved_tensors
-        counts, gpooled = more[:len(peaks)], more[len(peaks):]
+        counts, gpooled = more[: len(peaks)], more[len(peaks) :]
         pools: list[Tensor] = []
         for d, peak, count, g in zip(ctx.dims, peaks, counts, gpooled, strict=True):
             gpeak, gmean = g.split(1, d)
@@ -305,22 +334,22 @@ class _Pool(torch.autograd.Function):
 class _GatedPooledSum(torch.autograd.Function):
     @staticmethod
     def forward(
-            ctx: Any,
-            compiled: bool,
-            in_place: bool,
-            summed: bool,
-            dims: tuple[int, ...],
-            y: Tensor,
-            a: Tensor | None,
-            b: Tensor | None,
-            channels: Tensor | None,
-            shortcut: Tensor,
-            a1: Tensor | None,
-            b1: Tensor | None,
-            *more: Tensor,
+        ctx: Any,
+        compiled: bool,
+        in_place: bool,
+        summed: bool,
+        dims: tuple[int, ...],
+        y: Tensor,
+        a: Tensor | None,
+        b: Tensor | None,
+        channels: Tensor | None,
+        shortcut: Tensor,
+        a1: Tensor | None,
+        b1: Tensor | None,
+        *more: Tensor,
     ) -> Tensor:
         apply = kernels.gated_sum_ if in_place else kernels.gated_sum
-        (out,) = apply(compiled, y, a, b, channels, shortcut, a1, b1, summed, *more[len(dims):])
+        (out,) = apply(compiled, y, a, b, channels, shortcut, a1, b1, summed, *more[len(dims) :])
         ctx.save_for_backward(out, y, a, b, channels, None if a1 is None else shortcut, a1, *more)
         ctx.compiled, ctx.summed, ctx.dims = compiled, summed, dims
         return out
@@ -329,24 +358,25 @@ class _GatedPooledSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         gz, gshortcut, ga1, gb1, *rest = kernels.gated_pooled_sum_backward(
-            ctx.compiled, g, *ctx.saved_tensors[:7], ctx.summed, ctx.dims, *ctx.saved_tensors[7:])
-        ggates, counts = rest[:-len(ctx.dims)], rest[-len(ctx.dims):]
+            ctx.compiled, g, *ctx.saved_tensors[:7], ctx.summed, ctx.dims, *ctx.saved_tensors[7:]
+        )
+        ggates, counts = rest[: -len(ctx.dims)], rest[-len(ctx.dims) :]
         # What leaves for y is the gradient of z, and for the maxima the number of their places: `_Pool` awaits them.
         return *(None,) * 4, gz, None, None, None, gshortcut, ga1, gb1, *counts, *ggates
 
 
 def gated_pooled_sum(
-        compiled: bool,
-        y: Tensor,
-        a: Tensor | None,
-        b: Tensor | None,
-        channels: Tensor | None,
-        dims: tuple[int, ...],
-        gates_of: Callable[[list[Tensor]], Sequence[Tensor]],
-        summed: bool,
-        shortcut: Tensor,
-        a1: Tensor | None,
-        b1: Tensor | None,
+    compiled: bool,
+    y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    channels: Tensor | None,
+    dims: tuple[int, ...],
+    gates_of: Callable[[list[Tensor]], Sequence[Tensor]],
+    summed: bool,
+    shortcut: Tensor,
+    a1: Tensor | None,
+    b1: Tensor | None,
 ) -> Tensor:
     """`gated_sum` with more gates, which are functions of what z = (y * a + b) * channels is pooled to.
 
@@ -364,10 +394,25 @@ def gated_pooled_sum(
         b1: Like a.
     """
     z, *found = cast(tuple[Tensor, ...], _Pool.apply(compiled, dims, y, a, b, channels))
-    peaks, pooled = found[:len(dims)], found[len(dims):]
-    return cast(Tensor, _GatedPooledSum.apply(
-        compiled, not torch.is_grad_enabled(), summed, dims, z, a, b, channels, shortcut, a1, b1, *peaks,
-        *gates_of(pooled)))
+    peaks, pooled = found[: len(dims)], found[len(dims) :]
+    return cast(
+        Tensor,
+        _GatedPooledSum.apply(
+            compiled,
+            not torch.is_grad_enabled(),
+            summed,
+            dims,
+            z,
+            a,
+            b,
+            channels,
+            shortcut,
+            a1,
+            b1,
+            *peaks,
+            *gates_of(pooled),
+        ),
+    )
 
 
 # ---- BAM -------------------------------------------------------------------------------------------------------------
@@ -376,13 +421,13 @@ def gated_pooled_sum(
 class _RaiseBy(torch.autograd.Function):
     @staticmethod
     def forward(
-            ctx: Any,
-            compiled: bool,
-            add: bool,
-            gain: float,
-            x: Tensor,
-            channels: Tensor,
-            pixels: Tensor,
+        ctx: Any,
+        compiled: bool,
+        add: bool,
+        gain: float,
+        x: Tensor,
+        channels: Tensor,
+        pixels: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x, channels, pixels)
         ctx.args = compiled, add, gain

@@ -37,13 +37,13 @@ def _unbiased(m: int) -> float:
 
 @kernel
 def norm(
-        y: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        center: Tensor | None,
-        spread: Tensor | None,
-        eps: float,
-        names: tuple[str, ...],
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    center: Tensor | None,
+    spread: Tensor | None,
+    eps: float,
+    names: tuple[str, ...],
 ) -> tuple[Tensor | None, ...]:
     """A BatchNorm as a factor and a summand, and statistics of the planes of its output.
 
@@ -110,22 +110,22 @@ def plane_statistics(y: Tensor, names: tuple[str, ...]) -> tuple[Tensor, ...]:
 
 @overwriting
 def norm_backward(
-        g: Tensor,
-        y: Tensor,
-        weight: Tensor,
-        eps: float,
-        training: bool,
-        a: Tensor,
-        center: Tensor,
-        spread: Tensor,
-        mean: Tensor | None,
-        var: Tensor | None,
-        pick: Tensor | None,
-        ga: Tensor,
-        gb: Tensor,
-        gmean: Tensor | None,
-        gvar: Tensor | None,
-        gpeak: Tensor | None,
+    g: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    eps: float,
+    training: bool,
+    a: Tensor,
+    center: Tensor,
+    spread: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    pick: Tensor | None,
+    ga: Tensor,
+    gb: Tensor,
+    gmean: Tensor | None,
+    gvar: Tensor | None,
+    gpeak: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Adds to g, the gradient of y by other ways, that through the results of `norm`; g is overwritten.
 
@@ -163,15 +163,15 @@ def norm_backward(
 
 
 def _norm_gradients(
-        u: Tensor,
-        weight: Tensor,
-        eps: float,
-        training: bool,
-        a: Tensor,
-        center: Tensor,
-        spread: Tensor,
-        ga: Tensor,
-        gb: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    eps: float,
+    training: bool,
+    a: Tensor,
+    center: Tensor,
+    spread: Tensor,
+    ga: Tensor,
+    gb: Tensor,
 ) -> tuple[Any, ...]:
     """For those of a and b: slope and offset of the gradient of u by its statistics, gradients of weight and bias."""
     ga = ga - center * gb
@@ -202,15 +202,15 @@ def affine_relu_(y: Tensor, a: Tensor, b: Tensor) -> tuple[()]:
 
 @overwriting
 def norm_relu_backward(
-        g: Tensor,
-        y: Tensor,
-        weight: Tensor,
-        eps: float,
-        training: bool,
-        a: Tensor,
-        b: Tensor,
-        center: Tensor,
-        spread: Tensor,
+    g: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    eps: float,
+    training: bool,
+    a: Tensor,
+    b: Tensor,
+    center: Tensor,
+    spread: Tensor,
 ) -> tuple[Tensor, ...]:
     """Gradients of weight and bias for that of ReLU(x); g becomes that of y."""
     u = _up(y)
@@ -226,15 +226,15 @@ def norm_relu_backward(
 
 @kernel
 def gated_sum(
-        y: Tensor,
-        a: Tensor | None,
-        b: Tensor | None,
-        channels: Tensor | None,
-        shortcut: Tensor,
-        a1: Tensor | None,
-        b1: Tensor | None,
-        summed: bool,
-        *gates: Tensor,
+    y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    channels: Tensor | None,
+    shortcut: Tensor,
+    a1: Tensor | None,
+    b1: Tensor | None,
+    summed: bool,
+    *gates: Tensor,
 ) -> tuple[Tensor]:
     """ReLU(x * channels * gate + shortcut * a1 + b1).
 
@@ -254,15 +254,15 @@ def gated_sum(
 
 @overwriting
 def gated_sum_(
-        y: Tensor,
-        a: Tensor | None,
-        b: Tensor | None,
-        channels: Tensor | None,
-        shortcut: Tensor,
-        a1: Tensor | None,
-        b1: Tensor | None,
-        summed: bool,
-        *gates: Tensor,
+    y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    channels: Tensor | None,
+    shortcut: Tensor,
+    a1: Tensor | None,
+    b1: Tensor | None,
+    summed: bool,
+    *gates: Tensor,
 ) -> tuple[()]:
     """`gated_sum` in the memory of y."""
     y.copy_(_gated_sum(y, a, b, channels, shortcut, a1, b1, summed, gates))
@@ -270,15 +270,15 @@ def gated_sum_(
 
 
 def _gated_sum(
-        y: Tensor,
-        a: Tensor | None,
-        b: Tensor | None,
-        channels: Tensor | None,
-        shortcut: Tensor,
-        a1: Tensor | None,
-        b1: Tensor | None,
-        summed: bool,
-        gates: Sequence[Tensor],
+    y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    channels: Tensor | None,
+    shortcut: Tensor,
+    a1: Tensor | None,
+    b1: Tensor | None,
+    summed: bool,
+    gates: Sequence[Tensor],
 ) -> Tensor:
     z = _gated(_affine(y, a, b), channels)
     if gates:
@@ -296,14 +296,14 @@ def _joint(gates: Sequence[Tensor], summed: bool) -> Tensor:
 
 @kernel
 def gated_sum_backward(
-        g: Tensor,
-        out: Tensor,
-        y: Tensor,
-        a: Tensor,
-        b: Tensor,
-        channels: Tensor | None,
-        shortcut: Tensor | None,
-        a1: Tensor | None,
+    g: Tensor,
+    out: Tensor,
+    y: Tensor,
+    a: Tensor,
+    b: Tensor,
+    channels: Tensor | None,
+    shortcut: Tensor | None,
+    a1: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of y, a, b, channels, shortcut, a1 and b1, without further gates."""
     g = torch.where(out > 0, _up(g), 0)
@@ -313,17 +313,17 @@ def gated_sum_backward(
 
 @kernel
 def gated_pooled_sum_backward(
-        g: Tensor,
-        out: Tensor,
-        y: Tensor,
-        a: Tensor,
-        b: Tensor,
-        channels: Tensor | None,
-        shortcut: Tensor | None,
-        a1: Tensor | None,
-        summed: bool,
-        dims: tuple[int, ...],
-        *more: Tensor,
+    g: Tensor,
+    out: Tensor,
+    y: Tensor,
+    a: Tensor,
+    b: Tensor,
+    channels: Tensor | None,
+    shortcut: Tensor | None,
+    a1: Tensor | None,
+    summed: bool,
+    dims: tuple[int, ...],
+    *more: Tensor,
 ) -> tuple[Tensor | None, ...]:
     """`gated_sum_backward` where z = x * channels was pooled for further gates.
 
@@ -344,7 +344,7 @@ def gated_pooled_sum_backward(
         Gradients of z, shortcut, a1, b1 and the gates, and the number of places of each maximum: these loops read all
         of z in any case.
     """
-    peaks, gates = more[:len(dims)], more[len(dims):]
+    peaks, gates = more[: len(dims)], more[len(dims) :]
     z = _gated(_up(y) * a + b, channels)
     g = torch.where(out > 0, _up(g), 0)
     gz = (g * _joint(gates, summed)).to(y.dtype)
@@ -358,11 +358,11 @@ def gated_pooled_sum_backward(
 
 
 def _factor_gradients(
-        gz: Tensor,
-        u: Tensor,
-        a: Tensor,
-        b: Tensor | None,
-        channels: Tensor | None,
+    gz: Tensor,
+    u: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    channels: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of u, a, b and channels for that of z = (u * a + b) * channels; b is needed with channels only."""
     by_a, by_b = _plane_sum(gz * u), _plane_sum(gz)
@@ -374,10 +374,10 @@ def _factor_gradients(
 
 
 def _shortcut_gradients(
-        g: Tensor,
-        dtype: torch.dtype,
-        shortcut: Tensor | None,
-        a1: Tensor | None,
+    g: Tensor,
+    dtype: torch.dtype,
+    shortcut: Tensor | None,
+    a1: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of shortcut, a1 and b1 for that of shortcut * a1 + b1."""
     if a1 is None or shortcut is None:
@@ -417,11 +417,11 @@ def _sum_to(x: Tensor, like: Tensor) -> Tensor:
 
 @kernel
 def pool(
-        y: Tensor,
-        a: Tensor | None,
-        b: Tensor | None,
-        channels: Tensor | None,
-        dims: tuple[int, ...],
+    y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    channels: Tensor | None,
+    dims: tuple[int, ...],
 ) -> tuple[Tensor, ...]:
     """For each dimension, the maximum of z = x * channels along it, and that with the mean behind it in y's type."""
     z = _gated(_affine(y, a, b), channels)
@@ -434,12 +434,12 @@ def pool(
 
 @overwriting
 def pool_backward(
-        g: Tensor,
-        y: Tensor,
-        a: Tensor,
-        b: Tensor,
-        channels: Tensor | None,
-        *pools: Tensor,
+    g: Tensor,
+    y: Tensor,
+    a: Tensor,
+    b: Tensor,
+    channels: Tensor | None,
+    *pools: Tensor,
 ) -> tuple[Tensor | None, ...]:
     """Turns the gradient of z = x * channels into that of y, with what comes through `pool`.
 
@@ -476,12 +476,12 @@ def raise_by(x: Tensor, channels: Tensor, pixels: Tensor, add: bool, gain: float
 
 @kernel
 def raise_by_backward(
-        g: Tensor,
-        x: Tensor,
-        channels: Tensor,
-        pixels: Tensor,
-        add: bool,
-        gain: float,
+    g: Tensor,
+    x: Tensor,
+    channels: Tensor,
+    pixels: Tensor,
+    add: bool,
+    gain: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, channels and pixels."""
     c, p = _up(channels), _up(pixels)

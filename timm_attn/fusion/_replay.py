@@ -37,7 +37,8 @@ class _Replay:
     def _as_it_was(self) -> Iterator[None]:
         """Every module in its mode of the forward pass; running statistics stay where they are."""
         now: list[tuple[Any, bool, bool]] = [
-            (m, m.training, getattr(m, 'track_running_stats', False)) for m in self.module.modules()]
+            (m, m.training, getattr(m, 'track_running_stats', False)) for m in self.module.modules()
+        ]
         try:
             for (m, _, tracks), mode in zip(now, self.modes, strict=True):
                 m.training = mode
@@ -75,8 +76,8 @@ class _Replay:
         """
         wanted = [leaf for leaf in self.leaves if leaf.requires_grad]
         grads = torch.autograd.grad(self.y, [*self.x, *wanted], g.to(self.y.dtype), materialize_grads=True)
-        rest = iter(grads[len(self.x):])
-        found = list(grads[:len(self.x)]), [next(rest) if leaf.requires_grad else None for leaf in self.leaves]
+        rest = iter(grads[len(self.x) :])
+        found = list(grads[: len(self.x)]), [next(rest) if leaf.requires_grad else None for leaf in self.leaves]
         del self.x, self.leaves, self.y
         return found
 
@@ -84,17 +85,17 @@ class _Replay:
 class _AttendedSum(torch.autograd.Function):
     @staticmethod
     def forward(
-            ctx: Any,
-            compiled: bool,
-            attn: nn.Module,
-            y: Tensor,
-            a: Tensor,
-            b: Tensor,
-            shortcut: Tensor,
-            a1: Tensor | None,
-            b1: Tensor | None,
-            keep: Tensor | None,
-            *params: Tensor,
+        ctx: Any,
+        compiled: bool,
+        attn: nn.Module,
+        y: Tensor,
+        a: Tensor,
+        b: Tensor,
+        shortcut: Tensor,
+        a1: Tensor | None,
+        b1: Tensor | None,
+        keep: Tensor | None,
+        *params: Tensor,
     ) -> Tensor:
         ctx.replay = _Replay(attn, y.device.type)
         out = ctx.replay.forward(*kernels.affine(compiled, y, a, b))
@@ -114,15 +115,15 @@ class _AttendedSum(torch.autograd.Function):
 
 
 def attended_sum(
-        compiled: bool,
-        attn: nn.Module,
-        y: Tensor,
-        a: Tensor,
-        b: Tensor,
-        shortcut: Tensor,
-        a1: Tensor | None,
-        b1: Tensor | None,
-        keep: Tensor | None,
+    compiled: bool,
+    attn: nn.Module,
+    y: Tensor,
+    a: Tensor,
+    b: Tensor,
+    shortcut: Tensor,
+    a1: Tensor | None,
+    b1: Tensor | None,
+    keep: Tensor | None,
 ) -> Tensor:
     """ReLU(attn(y * a + b) * keep + shortcut * a1 + b1), keeping y and the output."""
     return cast(Tensor, _AttendedSum.apply(compiled, attn, y, a, b, shortcut, a1, b1, keep, *attn.parameters()))
@@ -148,19 +149,19 @@ class _Mix(nn.Module):
 class _SelectConv(torch.autograd.Function):
     @staticmethod
     def forward(
-            ctx: Any,
-            compiled: bool,
-            sk: SelectiveKernel,
-            after: nn.Conv2d,
-            y0: Tensor,
-            weight0: Tensor,
-            bias0: Tensor,
-            y1: Tensor,
-            weight1: Tensor,
-            bias1: Tensor,
-            conv_weight: Tensor,
-            conv_bias: Tensor | None,
-            *params: Tensor,
+        ctx: Any,
+        compiled: bool,
+        sk: SelectiveKernel,
+        after: nn.Conv2d,
+        y0: Tensor,
+        weight0: Tensor,
+        bias0: Tensor,
+        y1: Tensor,
+        weight1: Tensor,
+        bias1: Tensor,
+        conv_weight: Tensor,
+        conv_bias: Tensor | None,
+        *params: Tensor,
     ) -> Tensor:
         saved: list[Tensor] = []
         branches: list[Tensor] = []
@@ -191,6 +192,19 @@ class _SelectConv(torch.autograd.Function):
 
 def select_conv(compiled: bool, sk: SelectiveKernel, after: nn.Conv2d, y0: Tensor, y1: Tensor) -> Tensor:
     """A convolution of a selective kernel's mix of ReLU(BN(y)) of both branches, keeping the two y."""
-    return cast(Tensor, _SelectConv.apply(
-        compiled, sk, after, y0, sk.bn1.weight, sk.bn1.bias, y1, sk.bn2.weight, sk.bn2.bias,
-        *conv_params(y0, after), *_Mix(sk).parameters()))
+    return cast(
+        Tensor,
+        _SelectConv.apply(
+            compiled,
+            sk,
+            after,
+            y0,
+            sk.bn1.weight,
+            sk.bn1.bias,
+            y1,
+            sk.bn2.weight,
+            sk.bn2.bias,
+            *conv_params(y0, after),
+            *_Mix(sk).parameters(),
+        ),
+    )

@@ -36,14 +36,14 @@ _DEFAULTS: dict[str, Any] = dict(epochs=15, batch_size=64)
 
 
 def compare(
-        comparison: Comparison,
-        out: str | Path,
-        *,
-        jobs: int = 1,
-        shard: tuple[int, int] = (1, 1),
-        workers: int = 0,
-        save_weights: bool = False,
-        progress: bool = True,
+    comparison: Comparison,
+    out: str | Path,
+    *,
+    jobs: int = 1,
+    shard: tuple[int, int] = (1, 1),
+    workers: int = 0,
+    save_weights: bool = False,
+    progress: bool = True,
 ) -> list[dict[str, Any]]:
     """Does the runs that are not done yet, and returns the records of all that are done.
 
@@ -438,5 +438,3 @@ def _shard(text: str) -> tuple[int, int]:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
-
-

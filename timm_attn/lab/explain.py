@@ -210,7 +210,7 @@ def find_images(sources: Sequence[str | Path]) -> list[tuple[Path, str | None]]:
 
 
 def explain_image(
-        model: nn.Module, image: Image.Image, *, title: str = '', crop: bool = True, cam: bool = True
+    model: nn.Module, image: Image.Image, *, title: str = '', crop: bool = True, cam: bool = True
 ) -> Explanation:
     """Everything about one image: what the model saw, its best labels, the gates and Grad-CAM.
 
@@ -242,15 +242,15 @@ def explain_image(
 
 
 def explain(
-        images: Sequence[str | Path],
-        source: str,
-        out: str | Path,
-        *,
-        pretrained: bool = True,
-        crop: bool = True,
-        pictures: int = 20,
-        cam: bool = True,
-        overwrite: bool = False,
+    images: Sequence[str | Path],
+    source: str,
+    out: str | Path,
+    *,
+    pretrained: bool = True,
+    crop: bool = True,
+    pictures: int = 20,
+    cam: bool = True,
+    overwrite: bool = False,
 ) -> list[dict[str, Any]]:
     """Writes a picture per image, and for two or more images summary.png and summary.json.
 
@@ -280,18 +280,19 @@ def explain(
         names = _picture_names([p for p, _ in found])
         for (path, group), name in zip(found, names, strict=True):
             drawn = len(rows) < pictures
-            e = explain_image(
-                model, open_image(path), title=f'{source}: {path.name}', crop=crop, cam=cam and drawn)
+            e = explain_image(model, open_image(path), title=f'{source}: {path.name}', crop=crop, cam=cam and drawn)
             folder.add(e.maps, group or e.top[0][0], known=group is not None)
             if drawn:
                 save_figure(draw_explanation(e), written / name)
-            rows.append({
-                'image': str(path),
-                'class': group,
-                'label': e.top[0][0],
-                'probability': round(e.top[0][1], 4),
-                'picture': str(Path(out) / name) if drawn else None,
-            })
+            rows.append(
+                {
+                    'image': str(path),
+                    'class': group,
+                    'label': e.top[0][0],
+                    'probability': round(e.top[0][1], 4),
+                    'picture': str(Path(out) / name) if drawn else None,
+                }
+            )
         if len(rows) > 1:
             summary = folder.summary(source)
             save_figure(draw_summary(summary), written / 'summary.png')
@@ -395,8 +396,9 @@ def add_parser(commands: 'argparse._SubParsersAction[argparse.ArgumentParser]') 
     )
     p.add_argument('--out', required=True, metavar='DIR', help='folder to write')
     p.add_argument('--untrained', action='store_true', help='random weights, for a registered model without others')
-    p.add_argument('--no-crop', action='store_true', help='show the whole image instead of the centre the model is '
-                   'evaluated on')
+    p.add_argument(
+        '--no-crop', action='store_true', help='show the whole image instead of the centre the model is evaluated on'
+    )
     p.add_argument('--no-cam', action='store_true', help='leave out Grad-CAM')
     p.add_argument('--pictures', type=int, default=20, metavar='N', help='draw at most N images (default: %(default)s)')
     p.add_argument('--overwrite', action='store_true', help='replace DIR if it is not empty')

@@ -63,13 +63,13 @@ def data_config(comparison: Comparison) -> dict[str, Any]:
 
 
 def export(
-        comparison: Comparison,
-        entry: Entry,
-        record: dict[str, Any],
-        checkpoints: str | Path,
-        directory: str | Path,
-        *,
-        overwrite: bool = False,
+    comparison: Comparison,
+    entry: Entry,
+    record: dict[str, Any],
+    checkpoints: str | Path,
+    directory: str | Path,
+    *,
+    overwrite: bool = False,
 ) -> nn.Module:
     """Writes model.safetensors, config.json and the card of a run, reads them back, and compares the logits.
 

@@ -60,8 +60,7 @@ def models_table(pattern: str = '') -> str:
 
 def add_parser(commands: 'argparse._SubParsersAction[argparse.ArgumentParser]') -> None:
     """Adds `list`."""
-    p = commands.add_parser(
-        'list', help='list attentions and models', epilog="example: timm-attn list '*_resnet50'")
+    p = commands.add_parser('list', help='list attentions and models', epilog="example: timm-attn list '*_resnet50'")
     p.add_argument('pattern', nargs='?', default='', help='wildcard for model names; all by default')
     p.set_defaults(run=_run)
 

@@ -109,14 +109,14 @@ def curves(runs: Sequence[dict[str, Any]], labels: Sequence[str], path: str | Pa
 
 
 def attention(
-        images: Sequence[Any],
-        maps: Mapping[str, Mapping[str, Tensor]],
-        by_class: Mapping[str, Mapping[str, Tensor]],
-        targets: Sequence[int],
-        classes: Sequence[str],
-        path: str | Path,
-        *,
-        title: str,
+    images: Sequence[Any],
+    maps: Mapping[str, Mapping[str, Tensor]],
+    by_class: Mapping[str, Mapping[str, Tensor]],
+    targets: Sequence[int],
+    classes: Sequence[str],
+    path: str | Path,
+    *,
+    title: str,
 ) -> None:
     """Draws where a model looks on some images, and which channels it opens for which class.
 

@@ -43,9 +43,7 @@ PRESETS = {
         ),
         data='digits',
         seeds=5,
-        settings=dict(
-            epochs=12, batch_size=32, img_size=16, opt='adamw', lr=4e-3, weight_decay=0.05, warmup_epochs=1
-        ),
+        settings=dict(epochs=12, batch_size=32, img_size=16, opt='adamw', lr=4e-3, weight_decay=0.05, warmup_epochs=1),
     ),
     'se-lab': Preset(
         about='a CNN of two convolutions, alone, with SE and with self-attention over channels, on Fashion-MNIST',

@@ -109,9 +109,12 @@ def reading(label: str, against: str, difference: Estimate) -> str:
     if n < 2:
         return f'{told} on one seed: one seed shows nothing.'
     told += f' (95 % interval {difference.low:+.2f} to {difference.high:+.2f}, {n} seeds)'
-    return told + {
-        'better': ': better, on these data with these settings.',
-        'worse': ': worse, on these data with these settings.',
-        'no difference shown': ': the interval contains zero: no difference shown.',
-        'too few seeds': f': the interval excludes zero, but {n} seeds are too few to call it a difference.',
-    }[verdict(difference)]
+    return (
+        told
+        + {
+            'better': ': better, on these data with these settings.',
+            'worse': ': worse, on these data with these settings.',
+            'no difference shown': ': the interval contains zero: no difference shown.',
+            'too few seeds': f': the interval excludes zero, but {n} seeds are too few to call it a difference.',
+        }[verdict(difference)]
+    )

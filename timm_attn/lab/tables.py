@@ -75,15 +75,17 @@ def cells(table: Sequence[Row], clock: str) -> tuple[list[str], list[list[str]]]
         accuracy = f'{row.top1.mean:.2f}'
         if not math.isnan(row.top1.deviation):
             accuracy += f' ± {row.top1.deviation:.2f}'
-        body.append([
-            row.label,
-            f'{row.parameters:,}',
-            accuracy,
-            str(len(row.top1.values)),
-            _difference(row.difference),
-            f'{row.seconds:.2f}',
-            f'{row.activation_mib:.1f}',
-        ])
+        body.append(
+            [
+                row.label,
+                f'{row.parameters:,}',
+                accuracy,
+                str(len(row.top1.values)),
+                _difference(row.difference),
+                f'{row.seconds:.2f}',
+                f'{row.activation_mib:.1f}',
+            ]
+        )
     return heads, body
 
 

@@ -148,16 +148,16 @@ def share_initial_weights(model: nn.Module, reference: nn.Module, only: str = ''
 
 
 def run(
-        entry: Entry,
-        reference: Entry,
-        data: Data,
-        settings: Settings,
-        seed: int,
-        folder: str | Path,
-        *,
-        workers: int = 0,
-        save_weights: bool = False,
-        report: Report | None = None,
+    entry: Entry,
+    reference: Entry,
+    data: Data,
+    settings: Settings,
+    seed: int,
+    folder: str | Path,
+    *,
+    workers: int = 0,
+    save_weights: bool = False,
+    report: Report | None = None,
 ) -> dict[str, Any]:
     """Trains and measures one model with one seed, going on from the last finished epoch where there is one.
 
@@ -274,11 +274,11 @@ def weights_path(folder: str | Path, entry: Entry, seed: int) -> Path:
 
 
 def initial_model(
-        entry: Entry,
-        reference: Entry,
-        data: Data,
-        settings: Settings,
-        seed: int,
+    entry: Entry,
+    reference: Entry,
+    data: Data,
+    settings: Settings,
+    seed: int,
 ) -> tuple[nn.Module, int]:
     """The model before its first step, and how many of its tensors it shares with the reference."""
     random_seed(seed)
@@ -354,13 +354,13 @@ def deterministic(device: torch.device) -> Iterator[None]:
 
 
 def _train_epoch(
-        model: nn.Module,
-        batches: Iterator[tuple[Tensor, Tensor]],
-        optimizer: torch.optim.Optimizer,
-        scheduler: Any,
-        loss_fn: nn.Module,
-        settings: Settings,
-        updates: int,
+    model: nn.Module,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    loss_fn: nn.Module,
+    settings: Settings,
+    updates: int,
 ) -> float:
     model.train()
     losses = AverageMeter()

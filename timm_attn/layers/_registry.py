@@ -55,15 +55,15 @@ _ATTENTIONS: dict[str, AttnSpec] = {}
 
 
 def register_attn(
-        name: str,
-        *,
-        placement: str,
-        title: str,
-        authors: str,
-        year: int,
-        venue: str,
-        paper: str,
-        code: str,
+    name: str,
+    *,
+    placement: str,
+    title: str,
+    authors: str,
+    year: int,
+    venue: str,
+    paper: str,
+    code: str,
 ) -> Callable[[T], T]:
     """Puts a class into the registry under `name`; the other arguments are the fields of `AttnSpec`.
 
@@ -121,12 +121,12 @@ def check_attn_args(name: str, attn_args: dict[str, Any]) -> None:
 
 
 def create_attn(
-        name: str,
-        channels: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **attn_args: Any,
+    name: str,
+    channels: int,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **attn_args: Any,
 ) -> Attention:
     """Builds one attention module, initialised as its released code does.
 

@@ -50,14 +50,14 @@ class BAM(Attention):
     __constants__ = ('add',)
 
     def __init__(
-            self,
-            channels: int,
-            rd_ratio: float = 1 / 16,
-            dilation: int = 4,
-            combine: str = 'mul',
-            *,
-            device: torch.device | str | None = None,
-            dtype: torch.dtype | None = None,
+        self,
+        channels: int,
+        rd_ratio: float = 1 / 16,
+        dilation: int = 4,
+        combine: str = 'mul',
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__(neutral_gate=1.5)

@@ -48,16 +48,16 @@ class CBAM(Attention):
     statistics = ('mean', 'peak')
 
     def __init__(
-            self,
-            channels: int,
-            rd_ratio: float = 1 / 16,
-            kernel_size: int = 7,
-            spatial: bool = True,
-            channel: bool = True,
-            mlp_bias: bool = True,
-            *,
-            device: torch.device | str | None = None,
-            dtype: torch.dtype | None = None,
+        self,
+        channels: int,
+        rd_ratio: float = 1 / 16,
+        kernel_size: int = 7,
+        spatial: bool = True,
+        channel: bool = True,
+        mlp_bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         if not (spatial or channel):

@@ -45,13 +45,13 @@ class ChannelSelfAttention(Attention):
     no_weight_decay = ('temperature',)
 
     def __init__(
-            self,
-            channels: int,
-            rd_ratio: float = 1 / 8,
-            num_heads: int = 1,
-            *,
-            device: torch.device | str | None = None,
-            dtype: torch.dtype | None = None,
+        self,
+        channels: int,
+        rd_ratio: float = 1 / 8,
+        num_heads: int = 1,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__(neutral_gate=1.0)

@@ -43,12 +43,12 @@ class ECA(Attention):
     statistics = ('mean',)
 
     def __init__(
-            self,
-            channels: int,
-            kernel_size: int | None = None,
-            *,
-            device: torch.device | str | None = None,
-            dtype: torch.dtype | None = None,
+        self,
+        channels: int,
+        kernel_size: int | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__(neutral_gate=0.5)

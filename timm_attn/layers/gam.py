@@ -60,18 +60,18 @@ class GAM(Attention):
     __constants__ = ('channel', 'channel_gate', 'groups', 'max_pool', 'shuffle', 'spatial')
 
     def __init__(
-            self,
-            channels: int,
-            rd_ratio: float = 1 / 16,
-            groups: int = 1,
-            shuffle: str | None = 'hidden',
-            channel_gate: str | None = 'sigmoid',
-            channel: bool = True,
-            spatial: bool = True,
-            max_pool: bool = False,
-            *,
-            device: torch.device | str | None = None,
-            dtype: torch.dtype | None = None,
+        self,
+        channels: int,
+        rd_ratio: float = 1 / 16,
+        groups: int = 1,
+        shuffle: str | None = 'hidden',
+        channel_gate: str | None = 'sigmoid',
+        channel: bool = True,
+        spatial: bool = True,
+        max_pool: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         check_choice('shuffle', shuffle, ('hidden', 'gate', None))
@@ -81,7 +81,8 @@ class GAM(Attention):
         hidden = reduced_channels(channels, rd_ratio)
         if groups < 1 or channels % groups or hidden % groups:
             raise ValueError(
-                f'groups (={groups}) must divide the channels (={channels}) and the hidden width (={hidden}).')
+                f'groups (={groups}) must divide the channels (={channels}) and the hidden width (={hidden}).'
+            )
         # Without the sigmoid, the neutral channel gate is its last bias, 1.
         super().__init__(neutral_gate=(0.5 if channel and channel_gate else 1.0) * (0.5 if spatial else 1.0))
         self.channel, self.spatial, self.max_pool = channel, spatial, max_pool

@@ -45,16 +45,17 @@ class GSoP(Attention):
         'covariance': Gate('DD', 'covariance', multiplies=False),
     }
     no_warm_start = (
-        'GSoP has no warm start: its last stage has stride 1, so its features are not those of a plain ResNet.')
+        'GSoP has no warm start: its last stage has stride 1, so its features are not those of a plain ResNet.'
+    )
 
     def __init__(
-            self,
-            channels: int,
-            dim: int = 128,
-            stride: int = 1,
-            *,
-            device: torch.device | str | None = None,
-            dtype: torch.dtype | None = None,
+        self,
+        channels: int,
+        dim: int = 128,
+        stride: int = 1,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__(neutral_gate=0.5)

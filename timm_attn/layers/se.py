@@ -43,13 +43,13 @@ class SqueezeExcite(Attention):
     statistics = ('mean',)
 
     def __init__(
-            self,
-            channels: int,
-            rd_ratio: float = 1 / 16,
-            bias: bool = True,
-            *,
-            device: torch.device | str | None = None,
-            dtype: torch.dtype | None = None,
+        self,
+        channels: int,
+        rd_ratio: float = 1 / 16,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__(neutral_gate=0.5)

@@ -52,18 +52,19 @@ class SelectiveKernel(Attention):
     kinds: ClassVar = {'branch': Gate('BC', 'branches')}
     no_warm_start = (
         'SK has no warm start: it replaces each 3x3 convolution by two others, whose mixture a plain ResNet does not '
-        'contain.')
+        'contain.'
+    )
 
     def __init__(
-            self,
-            channels: int,
-            rd_ratio: float = 1 / 16,
-            form: str = 'sk_resnet',
-            stride: int = 1,
-            dilation: int = 1,
-            *,
-            device: torch.device | str | None = None,
-            dtype: torch.dtype | None = None,
+        self,
+        channels: int,
+        rd_ratio: float = 1 / 16,
+        form: str = 'sk_resnet',
+        stride: int = 1,
+        dilation: int = 1,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         # It has no neutral gate: zero logits give the mean of the branches, which is no multiple of its input.
@@ -76,10 +77,12 @@ class SelectiveKernel(Attention):
         dil0, dil1 = dil0 * dilation, dil1 * dilation
         hidden = max(reduced_channels(channels, rd_ratio), least)
         self.conv1 = nn.Conv2d(
-            channels, channels, 3, stride, padding=dil0, dilation=dil0, groups=groups0, bias=False, **dd)
+            channels, channels, 3, stride, padding=dil0, dilation=dil0, groups=groups0, bias=False, **dd
+        )
         self.bn1 = nn.BatchNorm2d(channels, **dd)
         self.conv2 = nn.Conv2d(
-            channels, channels, 3, stride, padding=dil1, dilation=dil1, groups=groups1, bias=False, **dd)
+            channels, channels, 3, stride, padding=dil1, dilation=dil1, groups=groups1, bias=False, **dd
+        )
         self.bn2 = nn.BatchNorm2d(channels, **dd)
         self.fc1 = nn.Conv2d(channels, hidden, 1, bias=False, **dd)
         self.bn = nn.BatchNorm2d(hidden, **dd)

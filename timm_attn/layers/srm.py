@@ -44,11 +44,11 @@ class SRM(Attention):
     statistics = ('mean', 'var')
 
     def __init__(
-            self,
-            channels: int,
-            *,
-            device: torch.device | str | None = None,
-            dtype: torch.dtype | None = None,
+        self,
+        channels: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__(neutral_gate=0.5)

@@ -29,12 +29,12 @@ class PlaneGate(nn.Module):
     """
 
     def __init__(
-            self,
-            kernel_size: int,
-            bn_weight: float,
-            *,
-            device: torch.device | str | None = None,
-            dtype: torch.dtype | None = None,
+        self,
+        kernel_size: int,
+        bn_weight: float,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
@@ -80,13 +80,13 @@ class TripletAttention(Attention):
     __constants__ = ('spatial',)
 
     def __init__(
-            self,
-            channels: int,
-            kernel_size: int = 7,
-            spatial: bool = True,
-            *,
-            device: torch.device | str | None = None,
-            dtype: torch.dtype | None = None,
+        self,
+        channels: int,
+        kernel_size: int = 7,
+        spatial: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
         super().__init__(neutral_gate=0.5)

@@ -36,7 +36,8 @@ def cifar_stem_(model: ResNet) -> ResNet:
         raise ValueError(f'cifar_stem replaces a single convolution, but the stem is a {type(old).__name__}.')
     weight = old.weight
     model.conv1 = nn.Conv2d(
-        old.in_channels, old.out_channels, 3, padding=1, bias=False, device=weight.device, dtype=weight.dtype)
+        old.in_channels, old.out_channels, 3, padding=1, bias=False, device=weight.device, dtype=weight.dtype
+    )
     nn.init.kaiming_normal_(model.conv1.weight, mode='fan_out', nonlinearity='relu')
     model.maxpool = nn.Identity()
     infos: Any = model.feature_info
@@ -75,13 +76,13 @@ class AttnResNet(ResNet):
     """
 
     def __init__(
-            self,
-            *args: Any,
-            attn: str,
-            attn_args: dict[str, Any] | None = None,
-            cifar_stem: bool = False,
-            last_stride: int = 2,
-            **kwargs: Any,
+        self,
+        *args: Any,
+        attn: str,
+        attn_args: dict[str, Any] | None = None,
+        cifar_stem: bool = False,
+        last_stride: int = 2,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.attn = attn
@@ -112,240 +113,294 @@ def _create_attn_resnet(variant: str, pretrained: bool, kwargs: dict[str, Any], 
     return build(AttnResNet, variant, pretrained, defaults, kwargs)
 
 
-default_cfgs = generate_default_cfgs(cfgs_of([
-    'se_resnet18', 'se_resnet34', 'se_resnet50', 'se_resnet101', 'se_resnet152',
-    'eca_resnet18', 'eca_resnet34', 'eca_resnet50', 'eca_resnet101', 'eca_resnet152',
-    'srm_resnet18', 'srm_resnet34', 'srm_resnet50', 'srm_resnet101', 'srm_resnet152',
-    'cbam_resnet18', 'cbam_resnet34', 'cbam_resnet50', 'cbam_resnet101',
-    'bam_resnet18', 'bam_resnet34', 'bam_resnet50', 'bam_resnet101',
-    'gam_resnet18', 'gam_resnet34', 'gam_resnet50', 'gam_resnet101',
-    'triplet_resnet18', 'triplet_resnet34', 'triplet_resnet50', 'triplet_resnet101',
-    'gsop_resnet50', 'gsop_resnet101',
-    'csa_resnet18', 'csa_resnet34', 'csa_resnet50',
-]))
+default_cfgs = generate_default_cfgs(
+    cfgs_of(
+        [
+            'se_resnet18',
+            'se_resnet34',
+            'se_resnet50',
+            'se_resnet101',
+            'se_resnet152',
+            'eca_resnet18',
+            'eca_resnet34',
+            'eca_resnet50',
+            'eca_resnet101',
+            'eca_resnet152',
+            'srm_resnet18',
+            'srm_resnet34',
+            'srm_resnet50',
+            'srm_resnet101',
+            'srm_resnet152',
+            'cbam_resnet18',
+            'cbam_resnet34',
+            'cbam_resnet50',
+            'cbam_resnet101',
+            'bam_resnet18',
+            'bam_resnet34',
+            'bam_resnet50',
+            'bam_resnet101',
+            'gam_resnet18',
+            'gam_resnet34',
+            'gam_resnet50',
+            'gam_resnet101',
+            'triplet_resnet18',
+            'triplet_resnet34',
+            'triplet_resnet50',
+            'triplet_resnet101',
+            'gsop_resnet50',
+            'gsop_resnet101',
+            'csa_resnet18',
+            'csa_resnet34',
+            'csa_resnet50',
+        ]
+    )
+)
 
 
 @register_model
 def se_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """SE-ResNet-18, hidden width C // 16 - https://arxiv.org/abs/1709.01507"""
-    return _create_attn_resnet(
-        'se_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), attn='se')
+    return _create_attn_resnet('se_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), attn='se')
 
 
 @register_model
 def se_resnet34(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """SE-ResNet-34, hidden width C // 16 - https://arxiv.org/abs/1709.01507"""
-    return _create_attn_resnet(
-        'se_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), attn='se')
+    return _create_attn_resnet('se_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), attn='se')
 
 
 @register_model
 def se_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """SE-ResNet-50, hidden width C // 16 - https://arxiv.org/abs/1709.01507"""
-    return _create_attn_resnet(
-        'se_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), attn='se')
+    return _create_attn_resnet('se_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), attn='se')
 
 
 @register_model
 def se_resnet101(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """SE-ResNet-101, hidden width C // 16 - https://arxiv.org/abs/1709.01507"""
-    return _create_attn_resnet(
-        'se_resnet101', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3), attn='se')
+    return _create_attn_resnet('se_resnet101', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3), attn='se')
 
 
 @register_model
 def se_resnet152(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """SE-ResNet-152, hidden width C // 16 - https://arxiv.org/abs/1709.01507"""
-    return _create_attn_resnet(
-        'se_resnet152', pretrained, kwargs, block=Bottleneck, layers=(3, 8, 36, 3), attn='se')
+    return _create_attn_resnet('se_resnet152', pretrained, kwargs, block=Bottleneck, layers=(3, 8, 36, 3), attn='se')
 
 
 @register_model
 def eca_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """ECA-ResNet-18, kernels 3, 5, 7, 7 in the four stages - https://arxiv.org/abs/1910.03151"""
     return _create_attn_resnet(
-        'eca_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2),
-        attn='eca', attn_args=dict(kernel_size=[3, 5, 7, 7]))
+        'eca_resnet18',
+        pretrained,
+        kwargs,
+        block=BasicBlock,
+        layers=(2, 2, 2, 2),
+        attn='eca',
+        attn_args=dict(kernel_size=[3, 5, 7, 7]),
+    )
 
 
 @register_model
 def eca_resnet34(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """ECA-ResNet-34, kernels 3, 3, 5, 7 in the four stages - https://arxiv.org/abs/1910.03151"""
     return _create_attn_resnet(
-        'eca_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3),
-        attn='eca', attn_args=dict(kernel_size=[3, 3, 5, 7]))
+        'eca_resnet34',
+        pretrained,
+        kwargs,
+        block=BasicBlock,
+        layers=(3, 4, 6, 3),
+        attn='eca',
+        attn_args=dict(kernel_size=[3, 3, 5, 7]),
+    )
 
 
 @register_model
 def eca_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """ECA-ResNet-50, kernels 3, 5, 5, 7 in the four stages - https://arxiv.org/abs/1910.03151"""
     return _create_attn_resnet(
-        'eca_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3),
-        attn='eca', attn_args=dict(kernel_size=[3, 5, 5, 7]))
+        'eca_resnet50',
+        pretrained,
+        kwargs,
+        block=Bottleneck,
+        layers=(3, 4, 6, 3),
+        attn='eca',
+        attn_args=dict(kernel_size=[3, 5, 5, 7]),
+    )
 
 
 @register_model
 def eca_resnet101(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """ECA-ResNet-101, kernels 3, 3, 5, 7 in the four stages - https://arxiv.org/abs/1910.03151"""
     return _create_attn_resnet(
-        'eca_resnet101', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3),
-        attn='eca', attn_args=dict(kernel_size=[3, 3, 5, 7]))
+        'eca_resnet101',
+        pretrained,
+        kwargs,
+        block=Bottleneck,
+        layers=(3, 4, 23, 3),
+        attn='eca',
+        attn_args=dict(kernel_size=[3, 3, 5, 7]),
+    )
 
 
 @register_model
 def eca_resnet152(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """ECA-ResNet-152, kernels 3, 3, 5, 7 in the four stages - https://arxiv.org/abs/1910.03151"""
     return _create_attn_resnet(
-        'eca_resnet152', pretrained, kwargs, block=Bottleneck, layers=(3, 8, 36, 3),
-        attn='eca', attn_args=dict(kernel_size=[3, 3, 5, 7]))
+        'eca_resnet152',
+        pretrained,
+        kwargs,
+        block=Bottleneck,
+        layers=(3, 8, 36, 3),
+        attn='eca',
+        attn_args=dict(kernel_size=[3, 3, 5, 7]),
+    )
 
 
 @register_model
 def srm_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """SRM-ResNet-18 - https://arxiv.org/abs/1903.10829"""
-    return _create_attn_resnet(
-        'srm_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), attn='srm')
+    return _create_attn_resnet('srm_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), attn='srm')
 
 
 @register_model
 def srm_resnet34(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """SRM-ResNet-34 - https://arxiv.org/abs/1903.10829"""
-    return _create_attn_resnet(
-        'srm_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), attn='srm')
+    return _create_attn_resnet('srm_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), attn='srm')
 
 
 @register_model
 def srm_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """SRM-ResNet-50 - https://arxiv.org/abs/1903.10829"""
-    return _create_attn_resnet(
-        'srm_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), attn='srm')
+    return _create_attn_resnet('srm_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), attn='srm')
 
 
 @register_model
 def srm_resnet101(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """SRM-ResNet-101 - https://arxiv.org/abs/1903.10829"""
-    return _create_attn_resnet(
-        'srm_resnet101', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3), attn='srm')
+    return _create_attn_resnet('srm_resnet101', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3), attn='srm')
 
 
 @register_model
 def srm_resnet152(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """SRM-ResNet-152 - https://arxiv.org/abs/1903.10829"""
-    return _create_attn_resnet(
-        'srm_resnet152', pretrained, kwargs, block=Bottleneck, layers=(3, 8, 36, 3), attn='srm')
+    return _create_attn_resnet('srm_resnet152', pretrained, kwargs, block=Bottleneck, layers=(3, 8, 36, 3), attn='srm')
 
 
 @register_model
 def cbam_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """CBAM-ResNet-18 - https://arxiv.org/abs/1807.06521"""
-    return _create_attn_resnet(
-        'cbam_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), attn='cbam')
+    return _create_attn_resnet('cbam_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), attn='cbam')
 
 
 @register_model
 def cbam_resnet34(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """CBAM-ResNet-34 - https://arxiv.org/abs/1807.06521"""
-    return _create_attn_resnet(
-        'cbam_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), attn='cbam')
+    return _create_attn_resnet('cbam_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), attn='cbam')
 
 
 @register_model
 def cbam_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """CBAM-ResNet-50 - https://arxiv.org/abs/1807.06521"""
-    return _create_attn_resnet(
-        'cbam_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), attn='cbam')
+    return _create_attn_resnet('cbam_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), attn='cbam')
 
 
 @register_model
 def cbam_resnet101(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """CBAM-ResNet-101 - https://arxiv.org/abs/1807.06521"""
     return _create_attn_resnet(
-        'cbam_resnet101', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3), attn='cbam')
+        'cbam_resnet101', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3), attn='cbam'
+    )
 
 
 @register_model
 def bam_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """BAM-ResNet-18, the released product form - https://arxiv.org/abs/1807.06514"""
-    return _create_attn_resnet(
-        'bam_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), attn='bam')
+    return _create_attn_resnet('bam_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), attn='bam')
 
 
 @register_model
 def bam_resnet34(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """BAM-ResNet-34, the released product form - https://arxiv.org/abs/1807.06514"""
-    return _create_attn_resnet(
-        'bam_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), attn='bam')
+    return _create_attn_resnet('bam_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), attn='bam')
 
 
 @register_model
 def bam_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """BAM-ResNet-50, the released product form - https://arxiv.org/abs/1807.06514"""
-    return _create_attn_resnet(
-        'bam_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), attn='bam')
+    return _create_attn_resnet('bam_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), attn='bam')
 
 
 @register_model
 def bam_resnet101(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """BAM-ResNet-101, the released product form - https://arxiv.org/abs/1807.06514"""
-    return _create_attn_resnet(
-        'bam_resnet101', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3), attn='bam')
+    return _create_attn_resnet('bam_resnet101', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3), attn='bam')
 
 
 @register_model
 def gam_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """GAM-ResNet-18, r = 16, one group - https://arxiv.org/abs/2112.05561"""
-    return _create_attn_resnet(
-        'gam_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), attn='gam')
+    return _create_attn_resnet('gam_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), attn='gam')
 
 
 @register_model
 def gam_resnet34(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """GAM-ResNet-34, r = 16, one group - https://arxiv.org/abs/2112.05561"""
-    return _create_attn_resnet(
-        'gam_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), attn='gam')
+    return _create_attn_resnet('gam_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), attn='gam')
 
 
 @register_model
 def gam_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """GAM-ResNet-50, r = 16, 4 groups with the shuffle between the convolutions - https://arxiv.org/abs/2112.05561"""
     return _create_attn_resnet(
-        'gam_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), attn='gam', attn_args=dict(groups=4))
+        'gam_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), attn='gam', attn_args=dict(groups=4)
+    )
 
 
 @register_model
 def gam_resnet101(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """GAM-ResNet-101, r = 16, 4 groups with the shuffle between the convolutions - https://arxiv.org/abs/2112.05561"""
     return _create_attn_resnet(
-        'gam_resnet101', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3),
-        attn='gam', attn_args=dict(groups=4))
+        'gam_resnet101',
+        pretrained,
+        kwargs,
+        block=Bottleneck,
+        layers=(3, 4, 23, 3),
+        attn='gam',
+        attn_args=dict(groups=4),
+    )
 
 
 @register_model
 def triplet_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """Triplet-attention ResNet-18, kernel 7 - https://arxiv.org/abs/2010.03045"""
     return _create_attn_resnet(
-        'triplet_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), attn='triplet')
+        'triplet_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), attn='triplet'
+    )
 
 
 @register_model
 def triplet_resnet34(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """Triplet-attention ResNet-34, kernel 7 - https://arxiv.org/abs/2010.03045"""
     return _create_attn_resnet(
-        'triplet_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), attn='triplet')
+        'triplet_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), attn='triplet'
+    )
 
 
 @register_model
 def triplet_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """Triplet-attention ResNet-50, kernel 7 - https://arxiv.org/abs/2010.03045"""
     return _create_attn_resnet(
-        'triplet_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), attn='triplet')
+        'triplet_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), attn='triplet'
+    )
 
 
 @register_model
 def triplet_resnet101(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """Triplet-attention ResNet-101, kernel 7 - https://arxiv.org/abs/2010.03045"""
     return _create_attn_resnet(
-        'triplet_resnet101', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3), attn='triplet')
+        'triplet_resnet101', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3), attn='triplet'
+    )
 
 
 @register_model
@@ -355,8 +410,15 @@ def gsop_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     It has no warm start: a plain ResNet halves the map before its last stage, GSoP-Net1 does not.
     """
     return _create_attn_resnet(
-        'gsop_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3),
-        attn='gsop', attn_args=dict(stride=[2, 1, 1, 1]), last_stride=1)
+        'gsop_resnet50',
+        pretrained,
+        kwargs,
+        block=Bottleneck,
+        layers=(3, 4, 6, 3),
+        attn='gsop',
+        attn_args=dict(stride=[2, 1, 1, 1]),
+        last_stride=1,
+    )
 
 
 @register_model
@@ -366,26 +428,30 @@ def gsop_resnet101(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     It has no warm start: a plain ResNet halves the map before its last stage, GSoP-Net1 does not.
     """
     return _create_attn_resnet(
-        'gsop_resnet101', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3),
-        attn='gsop', attn_args=dict(stride=[2, 1, 1, 1]), last_stride=1)
+        'gsop_resnet101',
+        pretrained,
+        kwargs,
+        block=Bottleneck,
+        layers=(3, 4, 23, 3),
+        attn='gsop',
+        attn_args=dict(stride=[2, 1, 1, 1]),
+        last_stride=1,
+    )
 
 
 @register_model
 def csa_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """ResNet-18 with channel self-attention, the project's own - https://arxiv.org/abs/2106.09681"""
-    return _create_attn_resnet(
-        'csa_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), attn='csa')
+    return _create_attn_resnet('csa_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), attn='csa')
 
 
 @register_model
 def csa_resnet34(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """ResNet-34 with channel self-attention, the project's own - https://arxiv.org/abs/2106.09681"""
-    return _create_attn_resnet(
-        'csa_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), attn='csa')
+    return _create_attn_resnet('csa_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), attn='csa')
 
 
 @register_model
 def csa_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """ResNet-50 with channel self-attention, the project's own - https://arxiv.org/abs/2106.09681"""
-    return _create_attn_resnet(
-        'csa_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), attn='csa')
+    return _create_attn_resnet('csa_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), attn='csa')

@@ -27,13 +27,13 @@ class ConvBlock(nn.Module):
     __constants__ = ('has_slot',)
 
     def __init__(
-            self,
-            in_chs: int,
-            out_chs: int,
-            slot: bool,
-            *,
-            device: torch.device | str | None = None,
-            dtype: torch.dtype | None = None,
+        self,
+        in_chs: int,
+        out_chs: int,
+        slot: bool,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_chs, out_chs, 3, padding=1, device=device, dtype=dtype)
@@ -69,17 +69,17 @@ class SimpleCNN(nn.Module):
     """
 
     def __init__(
-            self,
-            num_classes: int = 1000,
-            in_chans: int = 3,
-            global_pool: str = 'avg',
-            drop_rate: float = 0.0,
-            channels: tuple[int, ...] = (32, 64),
-            attn: str | None = None,
-            attn_args: dict[str, Any] | None = None,
-            attn_after: tuple[int, ...] = (1, 2),
-            device: torch.device | str | None = None,
-            dtype: torch.dtype | None = None,
+        self,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = 'avg',
+        drop_rate: float = 0.0,
+        channels: tuple[int, ...] = (32, 64),
+        attn: str | None = None,
+        attn_args: dict[str, Any] | None = None,
+        attn_after: tuple[int, ...] = (1, 2),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if not attn_after or not set(attn_after) <= set(range(1, len(channels) + 1)):
@@ -94,15 +94,17 @@ class SimpleCNN(nn.Module):
         blocks, self.feature_info = [], []
         for i, (in_chs, out_chs) in enumerate(zip((in_chans, *channels[:-1]), channels, strict=True)):
             # As in timm's VGG, a level of features is what goes into a pooling; the last one is what comes out.
-            self.feature_info.append(dict(num_chs=out_chs, reduction=2 ** i, module=f'blocks.{len(blocks)}'))
+            self.feature_info.append(dict(num_chs=out_chs, reduction=2**i, module=f'blocks.{len(blocks)}'))
             blocks.append(ConvBlock(in_chs, out_chs, i + 1 in attn_after, device=device, dtype=dtype))
             blocks.append(nn.MaxPool2d(2))
         self.feature_info.append(
-            dict(num_chs=channels[-1], reduction=2 ** len(channels), module=f'blocks.{len(blocks) - 1}'))
+            dict(num_chs=channels[-1], reduction=2 ** len(channels), module=f'blocks.{len(blocks) - 1}')
+        )
         self.blocks = nn.Sequential(*blocks)
         self.num_features = self.head_hidden_size = channels[-1]
         self.head = ClassifierHead(
-            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, device=device, dtype=dtype)
+            self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, device=device, dtype=dtype
+        )
         if attn is not None:
             inject(self, attn, start='paper', **self.attn_args)
 
@@ -125,13 +127,13 @@ class SimpleCNN(nn.Module):
         self.head.reset(num_classes, pool_type=global_pool, device=weight.device, dtype=weight.dtype)
 
     def forward_intermediates(
-            self,
-            x: Tensor,
-            indices: int | list[int] | None = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Features and intermediates, as timm's models give them.
 
@@ -156,13 +158,13 @@ class SimpleCNN(nn.Module):
 
     @torch.jit.ignore()
     def _until(self, level: int) -> nn.Sequential:
-        return self.blocks[:int(self.feature_info[level]['module'].split('.')[1]) + 1]
+        return self.blocks[: int(self.feature_info[level]['module'].split('.')[1]) + 1]
 
     def prune_intermediate_layers(
-            self,
-            indices: int | list[int] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
+        self,
+        indices: int | list[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
     ) -> list[int]:
         take, last = feature_take_indices(len(self.feature_info), indices)
         self.blocks = self._until(last)
@@ -190,10 +192,20 @@ def _create_simple_cnn(variant: str, pretrained: bool, kwargs: dict[str, Any], *
     return build(SimpleCNN, variant, pretrained, defaults, kwargs)
 
 
-default_cfgs = generate_default_cfgs(cfgs_of([
-    'simple_cnn', 'simple_cnn_cbam', 'simple_cnn_csa', 'simple_cnn_eca', 'simple_cnn_gam', 'simple_cnn_se',
-    'simple_cnn_srm', 'simple_cnn_triplet',
-]))
+default_cfgs = generate_default_cfgs(
+    cfgs_of(
+        [
+            'simple_cnn',
+            'simple_cnn_cbam',
+            'simple_cnn_csa',
+            'simple_cnn_eca',
+            'simple_cnn_gam',
+            'simple_cnn_se',
+            'simple_cnn_srm',
+            'simple_cnn_triplet',
+        ]
+    )
+)
 
 
 @register_model

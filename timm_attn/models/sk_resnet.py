@@ -60,12 +60,12 @@ class SKResNet(ResNet):
     """
 
     def __init__(
-            self,
-            *args: Any,
-            attn_args: dict[str, Any] | None = None,
-            cifar_stem: bool = False,
-            block_args: dict[str, Any] | None = None,
-            **kwargs: Any,
+        self,
+        *args: Any,
+        attn_args: dict[str, Any] | None = None,
+        cifar_stem: bool = False,
+        block_args: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         attn_args = dict(attn_args or {})
         check_attn_args('sk', attn_args)
@@ -83,9 +83,16 @@ def _create_sk_resnet(variant: str, pretrained: bool, kwargs: dict[str, Any], **
     return build(SKResNet, variant, pretrained, dict(block=SKBottleneck, **defaults), kwargs)
 
 
-default_cfgs = generate_default_cfgs(cfgs_of([
-    'sk_resnet50', 'sk_resnet101', 'sk_resnext50_32x4d', 'sk_resnext101_32x4d',
-]))
+default_cfgs = generate_default_cfgs(
+    cfgs_of(
+        [
+            'sk_resnet50',
+            'sk_resnet101',
+            'sk_resnext50_32x4d',
+            'sk_resnext101_32x4d',
+        ]
+    )
+)
 
 
 @register_model
@@ -104,8 +111,14 @@ def sk_resnet101(pretrained: bool = False, **kwargs: Any) -> SKResNet:
 def sk_resnext50_32x4d(pretrained: bool = False, **kwargs: Any) -> SKResNet:
     """SKNet-50 of the paper, timm's skresnext50_32x4d - https://arxiv.org/abs/1903.06586"""
     return _create_sk_resnet(
-        'sk_resnext50_32x4d', pretrained, kwargs, layers=(3, 4, 6, 3), cardinality=32, base_width=4,
-        attn_args=dict(form='sknet'))
+        'sk_resnext50_32x4d',
+        pretrained,
+        kwargs,
+        layers=(3, 4, 6, 3),
+        cardinality=32,
+        base_width=4,
+        attn_args=dict(form='sknet'),
+    )
 
 
 @register_model
@@ -115,5 +128,11 @@ def sk_resnext101_32x4d(pretrained: bool = False, **kwargs: Any) -> SKResNet:
     The released prototxt departs from its rule in one stage (16 in place of 32).
     """
     return _create_sk_resnet(
-        'sk_resnext101_32x4d', pretrained, kwargs, layers=(3, 4, 23, 3), cardinality=32, base_width=4,
-        attn_args=dict(form='sknet'))
+        'sk_resnext101_32x4d',
+        pretrained,
+        kwargs,
+        layers=(3, 4, 23, 3),
+        cardinality=32,
+        base_width=4,
+        attn_args=dict(form='sknet'),
+    )

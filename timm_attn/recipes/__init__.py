@@ -55,12 +55,12 @@ def recipe_options(name: str) -> dict[str, Any]:
 
 
 def recipe_command(
-        name: str,
-        *,
-        data: str = 'DATA',
-        model: str | None = None,
-        gpus: int = _GPUS,
-        script: str = 'train.py',
+    name: str,
+    *,
+    data: str = 'DATA',
+    model: str | None = None,
+    gpus: int = _GPUS,
+    script: str = 'train.py',
 ) -> list[str]:
     """The command that runs a recipe on one machine, as a list of words.
 

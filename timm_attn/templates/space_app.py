@@ -40,7 +40,8 @@ with gr.Blocks(title=SPACE['title']) as demo:
         with gr.Column(scale=2):
             # Without its label, which would lie on the picture's title.
             picture = gr.Image(
-                label='Attention', show_label=False, type='pil', format='png', interactive=False, elem_id='attention')
+                label='Attention', show_label=False, type='pil', format='png', interactive=False, elem_id='attention'
+            )
             parameters = sum(p.numel() for p in MODEL.parameters())
             gr.Markdown(
                 f'{parameters / 1e6:.2f} M parameters, {len(attn_sites(MODEL))} attentions. '

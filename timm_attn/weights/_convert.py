@@ -61,7 +61,7 @@ def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     for key, value in found.items():
         short = str(key)
         while prefix := next((p for p in _PREFIXES if short.startswith(p)), None):
-            short = short[len(prefix):]
+            short = short[len(prefix) :]
         if short in plain:
             raise ValueError(f"Without its prefix, '{key}' has the name of another key.")
         plain[short] = value
@@ -107,7 +107,8 @@ def detect(state_dict: Mapping[str, Tensor], target: Target) -> tuple[Source, st
     if plain or 'layer1.0.conv1.weight' in state_dict:
         return timm_.SOURCE, None
     raise ValueError(
-        f'The keys ({", ".join(list(state_dict)[:3])}, ...) are those of no known source: {", ".join(list_sources())}.')
+        f'The keys ({", ".join(list(state_dict)[:3])}, ...) are those of no known source: {", ".join(list_sources())}.'
+    )
 
 
 def _check_source(source: str | None, found: Source, attn: str | None, target: Target) -> str:
@@ -121,7 +122,7 @@ def _check_source(source: str | None, found: Source, attn: str | None, target: T
     if family not in list_sources():
         raise ValueError(f"Unknown source '{source}'. Expected one of: {', '.join(list_sources())}.")
     if family not in names:
-        raise ValueError(f"source (={source!r}) does not fit: the keys are those of {' or '.join(sorted(names))}.")
+        raise ValueError(f'source (={source!r}) does not fit: the keys are those of {" or ".join(sorted(names))}.')
     if source and '/' in source and family != 'pytorchcv':
         raise ValueError(f"Unknown source '{source}'. A net is named for pytorchcv only: 'pytorchcv/seresnet50b'.")
     if source and '/' in source and not re.fullmatch(r'pytorchcv/((bam_|cbam_|se)?resnet|sknet)\d+b?', source):
@@ -129,7 +130,8 @@ def _check_source(source: str | None, found: Source, attn: str | None, target: T
     if attn not in (None, 'own', target.attn):
         raise ValueError(
             f"The checkpoint is a net with '{attn}' ({found.name}), and {target.name} has "
-            f"{repr(target.attn) if target.attn else 'no attention'}: convert it for a model with '{attn}'.")
+            f"{repr(target.attn) if target.attn else 'no attention'}: convert it for a model with '{attn}'."
+        )
     return source or default
 
 
@@ -142,8 +144,7 @@ def _placed(key: str, shapes: Mapping[str, Shape]) -> str:
     return key.replace('.END.', f'.{max(children)}.') if children else key
 
 
-def translate(
-        state_dict: Mapping[str, Tensor], source: Source, target: Target) -> tuple[dict[str, Tensor], list[str]]:
+def translate(state_dict: Mapping[str, Tensor], source: Source, target: Target) -> tuple[dict[str, Tensor], list[str]]:
     """Applies a source's rules, and fills what is equal where the source has nothing.
 
     Args:
@@ -180,8 +181,12 @@ def translate(
 
 
 def check_fit(
-        found: Mapping[str, Tensor], target: Target, name: str, free: frozenset[str] = frozenset(),
-        problems: list[str] | None = None) -> None:
+    found: Mapping[str, Tensor],
+    target: Target,
+    name: str,
+    free: frozenset[str] = frozenset(),
+    problems: list[str] | None = None,
+) -> None:
     """Compares keys and shapes with the model's.
 
     Args:
@@ -197,7 +202,8 @@ def check_fit(
     unused = [k for k in found if k not in target.shapes and k not in free]
     missing = [k for k in target.shapes if k not in found and k not in free]
     misshapen = {
-        k: (tuple(v.shape), target.shapes[k]) for k, v in found.items()
+        k: (tuple(v.shape), target.shapes[k])
+        for k, v in found.items()
         if k in target.shapes and k not in free and tuple(v.shape) != target.shapes[k]
     }
     lines = list(problems or ())
@@ -212,8 +218,11 @@ def check_fit(
         return
     hints = _hints(misshapen, found, target)
     raise ValueError(
-        f"The checkpoint (source '{name}') does not fit {target.name}. " + '; '.join(lines) + '.'
-        + ''.join(f' {h}.' for h in hints))
+        f"The checkpoint (source '{name}') does not fit {target.name}. "
+        + '; '.join(lines)
+        + '.'
+        + ''.join(f' {h}.' for h in hints)
+    )
 
 
 def _hints(misshapen: Mapping[str, tuple[Shape, Shape]], found: Mapping[str, Tensor], target: Target) -> list[str]:
@@ -232,8 +241,11 @@ def _hints(misshapen: Mapping[str, tuple[Shape, Shape]], found: Mapping[str, Ten
     if attention and target.attn == 'eca':
         sizes = [_stage_kernel(found, k) for k in range(1, 5)]
         hints.append(f"For its kernels pass attn_args={{'kernel_size': {sizes}}}")
-    elif attention and target.attn in ('triplet', 'cbam') and (
-            k := next((k for k in attention if k.endswith('conv.weight')), None)):
+    elif (
+        attention
+        and target.attn in ('triplet', 'cbam')
+        and (k := next((k for k in attention if k.endswith('conv.weight')), None))
+    ):
         hints.append(f"For its kernels pass attn_args={{'kernel_size': {misshapen[k][0][-1]}}}")
     for name in ('fc1', 'conv1'):
         key = next((k for k in attention if k.endswith(f'.{name}.weight')), None)
@@ -253,16 +265,17 @@ def _stage_kernel(found: Mapping[str, Tensor], stage: int) -> int | None:
 
 def _reordered(found: Mapping[str, Tensor], target: Target) -> dict[str, Tensor]:
     return {k: found[k] for k in target.shapes if k in found} | {
-        k: v for k, v in found.items() if k not in target.shapes}
+        k: v for k, v in found.items() if k not in target.shapes
+    }
 
 
 def convert_for(
-        state_dict: Mapping[str, Any],
-        model: nn.Module,
-        source: str | None = None,
-        *,
-        name: str | None = None,
-        free: frozenset[str] = frozenset(),
+    state_dict: Mapping[str, Any],
+    model: nn.Module,
+    source: str | None = None,
+    *,
+    name: str | None = None,
+    free: frozenset[str] = frozenset(),
 ) -> dict[str, Tensor]:
     """What `convert` does, for a model that exists: it is read, not changed.
 
@@ -295,7 +308,7 @@ def convert_for(
 
 
 def convert(
-        state_dict: Mapping[str, Any], model_name: str, source: str | None = None, **model_args: Any
+    state_dict: Mapping[str, Any], model_name: str, source: str | None = None, **model_args: Any
 ) -> dict[str, Tensor]:
     """Renames a foreign checkpoint to the keys of a registered model, strictly; the input is not changed.
 

@@ -27,13 +27,14 @@ def _check_download(tag: Tag, cfg: dict[str, Any], cache_dir: str | os.PathLike[
     if path.is_file() and (got := file_hash(path, 'sha1')) != tag.sha:
         raise ValueError(
             f"'{path}' has sha1 {got}, and {tag.url} is known to hold {tag.sha}: delete it and the .zip beside it, and "
-            'load again.')
+            'load again.'
+        )
 
 
 def _free(model: nn.Module, cfg: dict[str, Any], target: Target, found: dict[str, Tensor]) -> frozenset[str]:
     """Keys that timm itself adapts, or drops for a new head, after this function."""
-    head = {f"{cfg.get('classifier') or 'fc'}.{part}" for part in ('weight', 'bias')}
-    stem = f"{cfg.get('first_conv') or 'conv1'}.weight"
+    head = {f'{cfg.get("classifier") or "fc"}.{part}' for part in ('weight', 'bias')}
+    stem = f'{cfg.get("first_conv") or "conv1"}.weight'
     free = set()
     if getattr(model, 'num_classes', None) != cfg.get('num_classes') or not head & set(target.shapes):
         free |= head
@@ -46,7 +47,7 @@ def _free(model: nn.Module, cfg: dict[str, Any], target: Target, found: dict[str
 
 
 def checkpoint_filter_fn(
-        state_dict: dict[str, Any], model: nn.Module, cache_dir: str | os.PathLike[str] | None = None
+    state_dict: dict[str, Any], model: nn.Module, cache_dir: str | os.PathLike[str] | None = None
 ) -> dict[str, Any]:
     """Converts a checkpoint for a model that timm is about to load it into; timm's `pretrained_filter_fn`.
 

@@ -105,7 +105,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         named = f' ({", ".join(wanted)})' if wanted else ''
         raise ValueError(
             f"'{path}' is damaged or holds more than weights{named}. It was not run, and will not be: have its author "
-            'save the state dict alone, best as .safetensors.') from e
+            'save the state dict alone, best as .safetensors.'
+        ) from e
     except (SafetensorError, RuntimeError, EOFError, OSError, zipfile.BadZipFile) as e:
         raise ValueError(f"'{path}' cannot be read as a checkpoint; it may be incomplete: {e}") from e
     if not isinstance(content, dict):

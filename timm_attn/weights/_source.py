@@ -115,7 +115,8 @@ def check_product(keys: Mapping[str, Tensor], target: Target, name: str) -> None
     if target.attn == 'bam' and target.attn_args.get('combine') == 'add':
         raise ValueError(
             f"'{name}' weights of BAM multiply the two branches, and attn_args={{'combine': 'add'}} adds them: create "
-            f"{target.name} without it.")
+            f'{target.name} without it.'
+        )
 
 
 def check_form(form: str) -> Check:
@@ -131,6 +132,7 @@ def check_form(form: str) -> Check:
         if target.attn == 'sk' and has != form:
             raise ValueError(
                 f"'{name}' weights of SK are those of {nets[form]}, and {target.name} is {nets[has]}: two networks "
-                'with other branches.')
+                'with other branches.'
+            )
 
     return check

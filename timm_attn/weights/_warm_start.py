@@ -30,10 +30,12 @@ def check_can_start(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     if SelectiveKernel in kinds:
         raise ValueError(
             'SK has no warm start: it replaces each 3x3 convolution by two others, whose mixture a plain ResNet does '
-            'not contain.')
+            'not contain.'
+        )
     if GSoP in kinds:
         raise ValueError(
-            'GSoP has no warm start: its last stage has stride 1, so its features are not those of a plain ResNet.')
+            'GSoP has no warm start: its last stage has stride 1, so its features are not those of a plain ResNet.'
+        )
     taken = [k for k in state_dict if k.startswith(tuple(f'{name}.' for name in sites))]
     if taken:
         raise ValueError(f'A warm start wants the weights of a plain ResNet, and these have attention: {taken}.')
@@ -60,8 +62,9 @@ def _fold(weights: dict[str, Tensor], site: str, module: Attention, model: nn.Mo
         shortcut = getattr(block, 'downsample', None)
         first = next((n for n, m in (shortcut or nn.Sequential()).named_modules() if isinstance(m, nn.Conv2d)), None)
         if first is None:
-            raise ValueError(f"'{following}' has no convolution in its shortcut, so the constant of '{site}' has no "
-                             'place there.')
+            raise ValueError(
+                f"'{following}' has no convolution in its shortcut, so the constant of '{site}' has no place there."
+            )
         _scale(weights, f'{following}.conv1.weight', factor)
         _scale(weights, f'{following}.downsample.{first}.weight', factor)
         return
@@ -101,6 +104,8 @@ def warm_start(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     _logger.warning(
         'Warm start of %s: the weights are those of a plain ResNet, the attention is untrained (%d modules in their '
-        'neutral state). The logits equal the plain ResNet\'s; train before judging the attention.',
-        cfg.get('architecture') or type(model).__name__, len(sites))
+        "neutral state). The logits equal the plain ResNet's; train before judging the attention.",
+        cfg.get('architecture') or type(model).__name__,
+        len(sites),
+    )
     return weights

@@ -22,7 +22,8 @@ def refuse(keys: Mapping[str, Tensor], target: Target, name: str) -> None:
     raise ValueError(
         f'These are the weights of an SE net in the Caffe layout (Cadene, timm {legacy}): their stride is in the first '
         f'1x1 convolution and their max-pool has no padding, so in {target.name}, whose stride is in the 3x3, they '
-        f"would fit and give other logits. Use timm.create_model('{legacy}').")
+        f"would fit and give other logits. Use timm.create_model('{legacy}')."
+    )
 
 
 SOURCE = Source(name='cadene', marks={'se': r'^layer0\.conv1\.|\.se_module\.'}, rules=(), checks=(refuse,))

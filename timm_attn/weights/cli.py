@@ -22,7 +22,7 @@ def add_parser(commands: 'argparse._SubParsersAction[argparse.ArgumentParser]') 
         'convert',
         help='convert a foreign checkpoint',
         description='Writes a foreign checkpoint as a folder for timm.create_model("local-dir:..."). Files that their '
-                    'authors host: ' + ', '.join(f'official/{o.name}' for o in OFFICIAL),
+        'authors host: ' + ', '.join(f'official/{o.name}' for o in OFFICIAL),
         epilog='example: timm-attn convert cbam50.pth --model cbam_resnet50 --out out/cbam_resnet50',
     )
     p.add_argument('file', help='.pth, .pth.tar, .pkl, zipped .pth, .safetensors, or official/NAME')
@@ -69,7 +69,8 @@ def _check_licence(official: Official, accepted: bool) -> None:
     if official.licence is None and not accepted:
         raise ValueError(
             f'{official.home} states no licence for its weights, so you may have no right to use them. If you may, '
-            'pass --accept-no-licence; the card will say so.')
+            'pass --accept-no-licence; the card will say so.'
+        )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -90,12 +91,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _write(
-        args: argparse.Namespace,
-        checkpoint: Checkpoint,
-        out: Path,
-        name: str,
-        source: str | None,
-        official: Official | None,
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    out: Path,
+    name: str,
+    source: str | None,
+    official: Official | None,
 ) -> None:
     import timm
 
@@ -120,11 +121,19 @@ def _write(
     # What the default tag's config says about its own weights is not true of these.
     preprocessing = {} if found.name == 'timm' else dict(RESIZE_256)
     if args.in_chans and preprocessing:
-        preprocessing |= dict(input_size=(args.in_chans, 224, 224), mean=(0.5,) * args.in_chans,
-                              std=(0.5,) * args.in_chans)
+        preprocessing |= dict(
+            input_size=(args.in_chans, 224, 224), mean=(0.5,) * args.in_chans, std=(0.5,) * args.in_chans
+        )
     cast(dict[str, Any], model.pretrained_cfg).update(
-        preprocessing, tag=None, url='', hf_hub_id=None, license=licence, description=None, notes=None,
-        origin_url=official.home if official else None)
+        preprocessing,
+        tag=None,
+        url='',
+        hf_hub_id=None,
+        license=licence,
+        description=None,
+        notes=None,
+        origin_url=official.home if official else None,
+    )
     provenance = dict(
         source=source or found.name,
         source_url=official.url if official else None,
@@ -136,8 +145,13 @@ def _write(
         stated_top1=official.top1 if official else None,
     )
     save(
-        model, out, overwrite=args.overwrite, status='warm start' if warm else 'converted',
-        provenance={k: v for k, v in provenance.items() if v is not None}, license=licence)
+        model,
+        out,
+        overwrite=args.overwrite,
+        status='warm start' if warm else 'converted',
+        provenance={k: v for k, v in provenance.items() if v is not None},
+        license=licence,
+    )
     print(out)
     if licence == NO_LICENCE:
         print(f'{official.home if official else args.file} states no licence: the card says so.', file=sys.stderr)

@@ -18,12 +18,14 @@ def check_stated_gate(keys: Mapping[str, Tensor], target: Target, name: str) -> 
     """
     if 'channel_gate' not in target.attn_args:
         raise ValueError(
-            "The keys of GAM do not tell whether its channel gate has a sigmoid: the circulating code has none, the "
-            "default here has one. Say it with attn_args={'channel_gate': None} or {'channel_gate': 'sigmoid'}.")
+            'The keys of GAM do not tell whether its channel gate has a sigmoid: the circulating code has none, the '
+            "default here has one. Say it with attn_args={'channel_gate': None} or {'channel_gate': 'sigmoid'}."
+        )
     if target.attn_args.get('groups', 1) > 1 and 'shuffle' not in target.attn_args:
         raise ValueError(
-            "The keys of a grouped GAM do not tell what is shuffled: the circulating code shuffles the gate, the "
-            "default here the hidden map. Say it with attn_args={'shuffle': 'gate'} or {'shuffle': 'hidden'}.")
+            'The keys of a grouped GAM do not tell what is shuffled: the circulating code shuffles the gate, the '
+            "default here the hidden map. Say it with attn_args={'shuffle': 'gate'} or {'shuffle': 'hidden'}."
+        )
 
 
 SOURCE = Source(

@@ -34,9 +34,10 @@ def check_stride(keys: Mapping[str, Tensor], target: Target, name: str) -> None:
     given = f"'{net}' has the stride" if net else f"'seresnet{depth}' has the stride"
     raise ValueError(
         f"pytorchcv's seresnet{depth} and seresnet{depth}b have the same keys and are different networks: {given} in "
-        f"the first 1x1 convolution, and its weights would give other logits in {target.name}. For the one with the b, "
+        f'the first 1x1 convolution, and its weights would give other logits in {target.name}. For the one with the b, '
         f"pass source='pytorchcv/seresnet{depth}b'; for the other there is no model here: timm's with the stride in "
-        f'the 1x1, with weights of its own, is legacy_seresnet{depth}.')
+        f'the 1x1, with weights of its own, is legacy_seresnet{depth}.'
+    )
 
 
 def _block(match: re.Match[str]) -> str:

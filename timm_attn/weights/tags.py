@@ -12,17 +12,28 @@ _PCV = 'https://github.com/osmr/imgclsmob/releases/download'
 _PCV_HOME = 'https://github.com/osmr/pytorchcv'
 _TIMM_HOME = 'https://github.com/huggingface/pytorch-image-models'
 _TIMM_RESULTS = 'timm results-imagenet.csv'
-_PREPROCESSING = ('input_size', 'pool_size', 'interpolation', 'crop_pct', 'crop_mode', 'mean', 'std',
-                  'test_input_size', 'test_crop_pct')
+_PREPROCESSING = (
+    'input_size',
+    'pool_size',
+    'interpolation',
+    'crop_pct',
+    'crop_mode',
+    'mean',
+    'std',
+    'test_input_size',
+    'test_crop_pct',
+)
 # PIL resize 256, crop 224: the protocol of pytorchcv's table and of the authors' own repositories.
-RESIZE_256: Mapping[str, Any] = MappingProxyType(dict(
-    input_size=(3, 224, 224),
-    interpolation='bilinear',
-    crop_pct=0.875,
-    crop_mode='center',
-    mean=(0.485, 0.456, 0.406),
-    std=(0.229, 0.224, 0.225),
-))
+RESIZE_256: Mapping[str, Any] = MappingProxyType(
+    dict(
+        input_size=(3, 224, 224),
+        interpolation='bilinear',
+        crop_pct=0.875,
+        crop_mode='center',
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -58,8 +69,17 @@ class Tag:
 
 def _pcv(model: str, net: str, top1_error: float, release: str, err5: str, sha1: str) -> Tag:
     return Tag(
-        model, 'pcv_in1k', 'trained', 'mit', f'pytorchcv/{net}', round(100 - top1_error, 2), 'pytorchcv, 224 px',
-        url=f'{_PCV}/{release}/{net}-{err5}-{sha1[:8]}.pth.zip', sha=sha1, preprocessing=RESIZE_256)
+        model,
+        'pcv_in1k',
+        'trained',
+        'mit',
+        f'pytorchcv/{net}',
+        round(100 - top1_error, 2),
+        'pytorchcv, 224 px',
+        url=f'{_PCV}/{release}/{net}-{err5}-{sha1[:8]}.pth.zip',
+        sha=sha1,
+        preprocessing=RESIZE_256,
+    )
 
 
 def _timm_cfg(name: str) -> dict[str, Any]:
@@ -70,8 +90,16 @@ def _timm_cfg(name: str) -> dict[str, Any]:
 
 def _timm(model: str, tag: str, net: str, top1: float) -> Tag:
     return Tag(
-        model, tag, 'trained', 'apache-2.0', 'timm', top1, f'{_TIMM_RESULTS}, 224 px',
-        hf_hub_id=f'timm/{net}.{tag}', preprocessing=_timm_cfg(f'{net}.{tag}'))
+        model,
+        tag,
+        'trained',
+        'apache-2.0',
+        'timm',
+        top1,
+        f'{_TIMM_RESULTS}, 224 px',
+        hf_hub_id=f'timm/{net}.{tag}',
+        preprocessing=_timm_cfg(f'{net}.{tag}'),
+    )
 
 
 # Accuracy of timm's plain ResNets with the tag that it has at every depth.
@@ -91,8 +119,16 @@ _WARM = {
 def _warm(attn: str, depth: int) -> Tag:
     net = f'resnet{depth}.a1_in1k'
     return Tag(
-        f'{attn}_resnet{depth}', f'resnet{depth}_a1_in1k', 'warm', 'apache-2.0', 'timm', _PLAIN[depth],
-        f'{_TIMM_RESULTS}, 224 px, of {net}', hf_hub_id=f'timm/{net}', preprocessing=_timm_cfg(net))
+        f'{attn}_resnet{depth}',
+        f'resnet{depth}_a1_in1k',
+        'warm',
+        'apache-2.0',
+        'timm',
+        _PLAIN[depth],
+        f'{_TIMM_RESULTS}, 224 px, of {net}',
+        hf_hub_id=f'timm/{net}',
+        preprocessing=_timm_cfg(net),
+    )
 
 
 # A model's first row is its default.
@@ -132,7 +168,7 @@ def find_tag(model: str, tag: str | None) -> Tag | None:
 
 def _description(tag: Tag) -> str:
     if tag.status == 'warm':
-        return f"Warm start: {tag.hf_hub_id.removeprefix('timm/')} with untrained, neutral attention; equal logits."
+        return f'Warm start: {tag.hf_hub_id.removeprefix("timm/")} with untrained, neutral attention; equal logits.'
     return f'Trained weights of {tag.source}, converted by name.'
 
 
@@ -149,12 +185,16 @@ def cfgs_of(names: Sequence[str]) -> dict[str, Any]:
             cfgs[f'{name}.untrained'] = base | _SIMPLE
             continue
         for tag in tags_of(name):
-            cfgs[f'{name}.{tag.tag}'] = base | dict(tag.preprocessing) | dict(
-                url=tag.url,
-                hf_hub_id=tag.hf_hub_id or None,
-                license=tag.licence,
-                origin_url=_PCV_HOME if tag.url else _TIMM_HOME,
-                description=_description(tag),
+            cfgs[f'{name}.{tag.tag}'] = (
+                base
+                | dict(tag.preprocessing)
+                | dict(
+                    url=tag.url,
+                    hf_hub_id=tag.hf_hub_id or None,
+                    license=tag.licence,
+                    origin_url=_PCV_HOME if tag.url else _TIMM_HOME,
+                    description=_description(tag),
+                )
             )
         if not tags_of(name):
             cfgs[f'{name}.untrained'] = base | (_GSOP if name.startswith('gsop') else {})

@@ -21,7 +21,8 @@ def check_width(keys: Mapping[str, Tensor], target: Target, name: str) -> None:
     if target.attn == 'se' and weight is not None and tuple(weight.shape[:2]) == (8, 64):
         raise ValueError(
             "This SE net has timm's widths, rounded to a multiple of 8 (64 -> 8, timm seresnet18 and seresnet34); "
-            f'{target.name} has C // 16 (64 -> 4), as released. Use timm.create_model of that net for these weights.')
+            f'{target.name} has C // 16 (64 -> 4), as released. Use timm.create_model of that net for these weights.'
+        )
 
 
 def check_whole_input(keys: Mapping[str, Tensor], target: Target, name: str) -> None:
@@ -35,7 +36,8 @@ def check_whole_input(keys: Mapping[str, Tensor], target: Target, name: str) -> 
             raise ValueError(
                 f"'{key}' is {tuple(weight.shape)}: timm's skresnet18, 34 and 50 split the input channels between the "
                 f'branches (split_input), so they are no net of the paper and do not fit {target.name}. The one that '
-                'does is skresnext50_32x4d, for sk_resnext50_32x4d.')
+                'does is skresnext50_32x4d, for sk_resnext50_32x4d.'
+            )
 
 
 def check_form_of_ported(keys: Mapping[str, Tensor], target: Target, name: str) -> None:
