@@ -161,7 +161,8 @@ def test_cifar_stem_adds_the_same_attention(name: str) -> None:
     ('name', 'attention'),
     [
         ('simple_cnn', 0),
-        # Per convolution: 2Ch + h + C for SE; and 100 for CBAM's spatial gate; k = 3 for ECA; 4C for SRM; 300 for Triplet.
+        # Per convolution: 2Ch + h + C for SE; and 100 for CBAM's spatial gate; k = 3 for ECA; 4C for SRM; 300 for
+        # Triplet.
         ('simple_cnn_se', (2 * 32 * 2 + 2 + 32) + (2 * 64 * 4 + 4 + 64)),
         ('simple_cnn_cbam', (2 * 32 * 2 + 2 + 32 + 100) + (2 * 64 * 4 + 4 + 64 + 100)),
         ('simple_cnn_eca', 3 + 3),

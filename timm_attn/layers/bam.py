@@ -8,6 +8,7 @@ default. The paper's sum, s(Mc + Ms) with BatchNorms there, is `combine='add'`. 
 both sides and fails on tall maps; here the mean is global.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -42,7 +43,7 @@ class BAM(Attention):
         ValueError: `rd_ratio` leaves no hidden channel, or `combine` is neither.
     """
 
-    kinds: ClassVar = {
+    kinds: ClassVar[Mapping[str, Gate]] = {
         'spatial': Gate('HW', 'spatial branch', multiplies=False),
         'gate': Gate('CHW', 'joint gate'),
         'channel': Gate('C', 'channel branch', multiplies=False),

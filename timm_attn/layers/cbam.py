@@ -7,6 +7,7 @@ Where the two differ, this follows the code: the spatial gate pools [max, mean] 
 BatchNorm, with momentum 0.01 and a weight that starts at 0.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -43,7 +44,7 @@ class CBAM(Attention):
         ValueError: `rd_ratio` leaves no hidden channel, `kernel_size` is even, or both gates are off.
     """
 
-    kinds: ClassVar = {'spatial': Gate('HW', 'spatial'), 'channel': Gate('C', 'channel')}
+    kinds: ClassVar[Mapping[str, Gate]] = {'spatial': Gate('HW', 'spatial'), 'channel': Gate('C', 'channel')}
     __constants__ = ('channel', 'spatial')
     statistics = ('mean', 'peak')
 

@@ -7,6 +7,7 @@ Code:  no ResNet with it is published; this module is the project's own and clai
        `rd_ratio=1` its branch equals timm's `xcit.XCA`.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -40,7 +41,7 @@ class ChannelSelfAttention(Attention):
         ValueError: `rd_ratio` leaves no channel, or `num_heads` does not divide the width.
     """
 
-    kinds: ClassVar = {'matrix': Gate('KCC', 'channel to channel', multiplies=False)}
+    kinds: ClassVar[Mapping[str, Gate]] = {'matrix': Gate('KCC', 'channel to channel', multiplies=False)}
     keywords = ('self-attention',)
     no_weight_decay = ('temperature',)
 

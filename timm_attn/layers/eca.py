@@ -9,6 +9,7 @@ the registered models pass those.
 """
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -39,7 +40,7 @@ class ECA(Attention):
         ValueError: `kernel_size` is even.
     """
 
-    kinds: ClassVar = {'channel': Gate('C', 'channel')}
+    kinds: ClassVar[Mapping[str, Gate]] = {'channel': Gate('C', 'channel')}
     statistics = ('mean',)
 
     def __init__(

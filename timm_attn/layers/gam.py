@@ -12,6 +12,7 @@ between the convolutions. `channel=False`, `spatial=False` and `max_pool=True` a
 kernel for the pooling, here 3 x 3 with stride 1 before the spatial part.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -56,7 +57,7 @@ class GAM(Attention):
             `shuffle` or `channel_gate` is none of its choices.
     """
 
-    kinds: ClassVar = {'spatial': Gate('CHW', 'spatial'), 'channel': Gate('CHW', 'channel')}
+    kinds: ClassVar[Mapping[str, Gate]] = {'spatial': Gate('CHW', 'spatial'), 'channel': Gate('CHW', 'channel')}
     __constants__ = ('channel', 'channel_gate', 'groups', 'max_pool', 'shuffle', 'spatial')
 
     def __init__(

@@ -8,6 +8,7 @@ one (its README says otherwise). The code centres by an M x M matrix; subtractin
 covariance is taken in float32, since it overflows in float16.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -40,7 +41,7 @@ class GSoP(Attention):
         ValueError: `dim` or `stride` is not positive.
     """
 
-    kinds: ClassVar = {
+    kinds: ClassVar[Mapping[str, Gate]] = {
         'channel': Gate('C', 'channel'),
         'covariance': Gate('DD', 'covariance', multiplies=False),
     }

@@ -8,6 +8,7 @@ The hidden width is C // r with no rounding, as in both; timm's `SEModule` round
 depth 18 and 34 are other nets. Keys are timm's.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -39,7 +40,7 @@ class SqueezeExcite(Attention):
         ValueError: `rd_ratio` leaves no hidden channel.
     """
 
-    kinds: ClassVar = {'channel': Gate('C', 'channel')}
+    kinds: ClassVar[Mapping[str, Gate]] = {'channel': Gate('C', 'channel')}
     statistics = ('mean',)
 
     def __init__(

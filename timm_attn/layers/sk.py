@@ -8,6 +8,7 @@ The two are different networks. SK-ResNet* chooses between a dense and a grouped
 between two grouped ones, of which the second is dilated ("5x5"), and squeezes to at least 32 channels.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -49,7 +50,7 @@ class SelectiveKernel(Attention):
         ValueError: `rd_ratio` leaves no hidden channel, 32 does not divide the channels, or an unknown form.
     """
 
-    kinds: ClassVar = {'branch': Gate('BC', 'branches')}
+    kinds: ClassVar[Mapping[str, Gate]] = {'branch': Gate('BC', 'branches')}
     no_warm_start = (
         'SK has no warm start: it replaces each 3x3 convolution by two others, whose mixture a plain ResNet does not '
         'contain.'

@@ -9,6 +9,7 @@ Two departures: the statistics are taken in float32, and a 1 x 1 map has varianc
 by zero and poisons its running statistics.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -39,7 +40,7 @@ class SRM(Attention):
         channels: Channels C of the (N, C, H, W) input.
     """
 
-    kinds: ClassVar = {'channel': Gate('C', 'channel')}
+    kinds: ClassVar[Mapping[str, Gate]] = {'channel': Gate('C', 'channel')}
     no_weight_decay = ('cfc',)
     statistics = ('mean', 'var')
 

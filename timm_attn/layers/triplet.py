@@ -8,6 +8,7 @@ x for each branch; pooling over the named dimension gives the same gates, which 
 multiplication.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -72,7 +73,7 @@ class TripletAttention(Attention):
         ValueError: `kernel_size` is even.
     """
 
-    kinds: ClassVar = {
+    kinds: ClassVar[Mapping[str, Gate]] = {
         'spatial': Gate('HW', 'spatial'),
         'hc': Gate('HC', 'rows x channels'),
         'cw': Gate('CW', 'channels x columns'),
