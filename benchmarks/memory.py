@@ -15,9 +15,9 @@ from peers import peers
 from torch import nn
 
 import timm_attn
-from timm_attn._checks import atomic_write
-from timm_attn.bench import kept_bytes, peak_bytes, traffic_bytes
+from timm_attn.files import atomic_write
 from timm_attn.fusion import fuse
+from timm_attn.measure import kept_bytes, peak_bytes, traffic_bytes
 
 RESULTS = Path(__file__).parent / 'results'
 

@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from safetensors.torch import load_file
 
-from timm_attn._checks import atomic_write
+from timm_attn.files import atomic_write
 
 RESULTS = Path(__file__).parent / 'results'
 TEST = Path(__file__).parents[1] / 'tests' / 'layers' / 'test_parity.py'

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from timm_attn import list_attn
 from timm_attn.bench import OURS, fastest_peer, kinds
-from timm_attn.lab.listing import attentions_table, markdown_table, models_table
+from timm_attn.cli.list import attentions_table, markdown_table, models_table
 from timm_attn.weights import weights_table
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from timm_attn._checks import atomic_write, require
 from timm_attn.bench import OURS, fastest_peer, kinds
+from timm_attn.files import atomic_write
+from timm_attn.optional import require
 
 RESULTS = Path(__file__).parent / 'results'
 
@@ -45,7 +46,7 @@ def markdown(cells: list[dict[str, Any]]) -> str:
     lines = [
         '# Time beside plain ResNets',
         '',
-        f'{first["device"]}, {first["threads"]} thread(s), torch {first["torch"]}, timm {first["timm"]}, '
+        f'{first["machine"]}, {first["threads"]} thread(s), torch {first["torch"]}, timm {first["timm"]}, '
         f'{first["capability"]}. Medians of interleaved rounds [quartiles], as ratios to '
         "timm's plain eager ResNet in the same round, and of our best beside the plain one fused or frozen alike. "
         'Compiling: seconds of the first step of the fused (frozen) model, less a median step, where inductor finds '

@@ -18,8 +18,9 @@ import torch
 from peers import peers
 
 import timm_attn
-from timm_attn._checks import atomic_write
-from timm_attn.bench import DTYPES, MODES, entrants, environment, rounds_of, summary, table
+from timm_attn.bench import DTYPES, MODES, entrants, rounds_of, summary, table
+from timm_attn.files import atomic_write
+from timm_attn.measure import environment
 
 RESULTS = Path(__file__).parent / 'results'
 KEY = ('attn', 'mode', 'dtype', 'batch', 'size', 'depth')

@@ -5,8 +5,8 @@ import timm
 import torch
 
 import timm_attn
-from timm_attn.bench import kept_bytes, peak_bytes, traffic_bytes
 from timm_attn.fusion import fuse
+from timm_attn.measure import kept_bytes, peak_bytes, traffic_bytes
 
 # Batch 2 in float32: eager and fused at 64x64, fused at 224x224, and the target for that over plain ResNet-50's.
 KEPT = {

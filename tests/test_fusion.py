@@ -17,7 +17,7 @@ from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
 import timm_attn
-from timm_attn.explain import attention_maps
+from timm_attn.explain.gates import attention_maps
 from timm_attn.fusion import _blocks as blocks
 from timm_attn.fusion import _kernels as kernels
 from timm_attn.fusion import fuse

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, TensorDataset
 
 import timm_attn
-from timm_attn.explain import attention_maps
+from timm_attn.explain.gates import attention_maps
 
 
 def main(result: str) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import timm_attn
-from timm_attn.explain import attention_maps
+from timm_attn.explain.gates import attention_maps
 
 smp = pytest.importorskip(
     'segmentation_models_pytorch', reason='segmentation-models-pytorch is missing (extra ecosystem)'

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
-from timm_attn._folder import save
-from timm_attn.explain import attention_maps
+from timm_attn.explain.gates import attention_maps
+from timm_attn.hub.folder import save
 
 transformers = pytest.importorskip('transformers', reason='transformers is missing (extra ecosystem)')
 

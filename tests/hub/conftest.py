@@ -1,4 +1,4 @@
-"""Fixtures for tests against the loopback Hub of `tests/hub_server.py`.
+"""Fixtures for tests against the loopback Hub of `tests/hub/support/hub_server.py`.
 
 Servers (one per test; their users are in `TOKENS`):
 
@@ -46,7 +46,7 @@ from hub_client import (
 )
 from hub_server import HubServer
 
-from timm_attn import _client
+from timm_attn.hub import client
 
 
 @pytest.fixture
@@ -96,6 +96,6 @@ def run_client(start_client: StartClient) -> RunClient:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Our own client with a few quick attempts, and the pauses it would take."""
     clock = Clock()
-    monkeypatch.setattr(_client, 'SETTINGS', _client.Settings(timeout=10, tries=3, attempts=3))
-    monkeypatch.setattr(_client, 'time', clock)
+    monkeypatch.setattr(client, 'SETTINGS', client.Settings(timeout=10, tries=3, attempts=3))
+    monkeypatch.setattr(client, 'time', clock)
     return clock

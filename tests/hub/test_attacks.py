@@ -9,8 +9,9 @@ import torch
 from hub_attacks import ATTACKS
 from hub_tables import Row
 
-from timm_attn._folder import read_folder, save
-from timm_attn.hub import HubFileError, load_from_hub
+from timm_attn.hub.client import HubFileError
+from timm_attn.hub.folder import read_folder, save
+from timm_attn.hub.load import load_from_hub
 
 
 @pytest.fixture(scope='module')

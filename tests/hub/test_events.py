@@ -18,17 +18,19 @@ from hub_attacks import EVENTS
 from hub_client import Clock
 from torch import nn
 
-from timm_attn import _client
-from timm_attn._folder import save
-from timm_attn.hub import HubError, HubFileError, load_from_hub, push_to_hub
+from timm_attn.hub import client
+from timm_attn.hub.client import HubError, HubFileError
+from timm_attn.hub.folder import save
+from timm_attn.hub.load import load_from_hub
+from timm_attn.hub.push import push_to_hub
 
 TOKEN = 'hf_me_write'
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_client, 'SETTINGS', _client.Settings(timeout=5, tries=3, attempts=3))
-    monkeypatch.setattr(_client, 'time', Clock())
+    monkeypatch.setattr(client, 'SETTINGS', client.Settings(timeout=5, tries=3, attempts=3))
+    monkeypatch.setattr(client, 'time', Clock())
 
 
 def make_model(seed: int = 0, num_classes: int = 3) -> nn.Module:

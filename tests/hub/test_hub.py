@@ -14,10 +14,12 @@ from safetensors import safe_open
 from torch import nn
 
 import timm_attn
-from timm_attn import _client
-from timm_attn._folder import portable_state_dict, read_folder, save
 from timm_attn.cli import main
-from timm_attn.hub import HubError, HubFileError, load_from_hub, pull, push_to_hub
+from timm_attn.hub import client
+from timm_attn.hub.client import HubError, HubFileError
+from timm_attn.hub.folder import portable_state_dict, read_folder, save
+from timm_attn.hub.load import load_from_hub, pull
+from timm_attn.hub.push import push_to_hub
 
 SMALL: dict[str, Any] = {'layers': (1, 1, 1, 1), 'channels': (16, 32, 64, 128)}
 DATA: dict[str, Any] = {'input_size': (3, 32, 32), 'mean': (0.5, 0.5, 0.5), 'std': (0.25, 0.25, 0.25), 'crop_pct': 1.0}
@@ -273,11 +275,11 @@ def test_limits_are_taken_back(hub_client: Any) -> None:
     from huggingface_hub.utils import _http
 
     before = _http._GLOBAL_CLIENT_FACTORY
-    with _client.limits():
-        assert huggingface_hub.get_session().timeout.read == _client.SETTINGS.timeout
-        with _client.limits():
+    with client.limits():
+        assert huggingface_hub.get_session().timeout.read == client.SETTINGS.timeout
+        with client.limits():
             pass
-        assert huggingface_hub.get_session().timeout.read == _client.SETTINGS.timeout
+        assert huggingface_hub.get_session().timeout.read == client.SETTINGS.timeout
     assert _http._GLOBAL_CLIENT_FACTORY is before
     assert huggingface_hub.get_session().timeout.read is None
     with pytest.raises(HubError):

@@ -10,9 +10,10 @@ import torch
 from hub_client import Clock
 from hub_tables import LOAD_FAULTS, Row
 
-from timm_attn import _client
-from timm_attn._folder import save
-from timm_attn.hub import HubError, load_from_hub
+from timm_attn.hub import client
+from timm_attn.hub.client import HubError
+from timm_attn.hub.folder import save
+from timm_attn.hub.load import load_from_hub
 
 
 @pytest.fixture(scope='module')
@@ -29,7 +30,7 @@ def test_load(row: Row, hub_client: Any, clock: Clock, folder: Path, monkeypatch
     hub.fault(row.method, row.path, **{'times': 1, **row.fault})
     if not row.ends_well:
         if 'time limit' in row.outcome:
-            monkeypatch.setattr(_client.SETTINGS, 'timeout', 0.2)
+            monkeypatch.setattr(client.SETTINGS, 'timeout', 0.2)
         start = time.monotonic()
         with pytest.raises(HubError, match=row.match) as caught:
             load_from_hub('me/x')
@@ -41,7 +42,7 @@ def test_load(row: Row, hub_client: Any, clock: Clock, folder: Path, monkeypatch
             assert not list(hub_client.cache.rglob(f'snapshots/*/{name}'))
         hub.clear_faults()
         hub.release()
-        monkeypatch.setattr(_client.SETTINGS, 'timeout', 10)
+        monkeypatch.setattr(client.SETTINGS, 'timeout', 10)
     model: Any = load_from_hub('me/x').eval()
     if row.outcome == 'done: waited as told':
         assert max(clock.pauses + hub_client.sleeps) in (3, 4)

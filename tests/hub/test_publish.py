@@ -12,8 +12,8 @@ from hub_client import Clock
 from safetensors.torch import save_file
 
 import timm_attn  # noqa: F401
-from timm_attn import _client, publish
-from timm_attn.publish import Published, table
+from timm_attn.hub import client, publish
+from timm_attn.hub.publish import Published, table
 from timm_attn.weights import TAGS
 
 TAG = 'se_resnet50.a3_in1k'
@@ -22,7 +22,7 @@ TAG = 'se_resnet50.a3_in1k'
 @pytest.fixture
 def source(hub_client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """timm's repository with random weights, which is all that the converter can see of them."""
-    monkeypatch.setattr(_client, 'time', Clock())
+    monkeypatch.setattr(client, 'time', Clock())
     torch.manual_seed(0)
     path = tmp_path / 'model.safetensors'
     model = timm.create_model('seresnet50')

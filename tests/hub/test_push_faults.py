@@ -11,9 +11,11 @@ from hub_client import Clock
 from hub_tables import PUSH_FAULTS, Row
 
 import timm_attn  # noqa: F401
-from timm_attn import _client
-from timm_attn._folder import save
-from timm_attn.hub import HubError, load_from_hub, push_to_hub
+from timm_attn.hub import client
+from timm_attn.hub.client import HubError
+from timm_attn.hub.folder import save
+from timm_attn.hub.load import load_from_hub
+from timm_attn.hub.push import push_to_hub
 
 NOTE = 'A note that somebody wrote on the Hub.'
 
@@ -52,7 +54,7 @@ def test_push(
         before = seed_repo(hub, old_folder)
     hub.fault(row.method, row.path, **{'times': 1, **row.fault})
     if 'time limit' in row.outcome:
-        monkeypatch.setattr(_client.SETTINGS, 'timeout', 0.2)
+        monkeypatch.setattr(client.SETTINGS, 'timeout', 0.2)
     start = time.monotonic()
     if row.ends_well:
         result = push_to_hub(new_folder, 'me/x', revision=revision)
@@ -68,7 +70,7 @@ def test_push(
             assert {k: there[k] for k in before} == before
         hub.clear_faults()
         hub.release()
-        monkeypatch.setattr(_client.SETTINGS, 'timeout', 10)
+        monkeypatch.setattr(client.SETTINGS, 'timeout', 10)
         result = push_to_hub(new_folder, 'me/x', revision=revision)
     if row.outcome == 'done: waited as told':
         assert max(clock.pauses + hub_client.sleeps) in (3, 4)

@@ -6,7 +6,7 @@ from hub_tables import LOAD_FAULTS, PAGE, PUSH_FAULTS, page
 def test_page_is_the_rendered_tables() -> None:
     from hub_attacks import ATTACKS, EVENTS
 
-    assert PAGE.read_text(encoding='utf-8') == page(), 'run: python tests/hub_tables.py'
+    assert PAGE.read_text(encoding='utf-8') == page(), 'run: python tests/hub/support/hub_tables.py'
     for rows in (PUSH_FAULTS, LOAD_FAULTS, ATTACKS, EVENTS):
         assert len({r.id for r in rows}) == len(rows)
     assert len([r for r in ATTACKS if r.step == 'config.json']) >= 25

@@ -11,7 +11,7 @@ from torch import nn
 
 from timm_attn.lab import train
 from timm_attn.lab.data import Data
-from timm_attn.lab.train import Entry, Settings, activation_bytes, initial_model, run, weights_path
+from timm_attn.lab.train import Entry, Settings, initial_model, run, weights_path
 
 Models = tuple[Entry, ...]
 OTHER = dict(opt='adamw', sched='none', warmup_epochs=0, smoothing=0.1, clip_grad=1.0)
@@ -108,7 +108,7 @@ def test_every_model_of_a_seed_sees_the_same_batches_whatever_it_draws_itself(
     drops = Entry('drops', plain.name, plain.args | dict(drop_rate=0.5, drop_path_rate=0.3))
     for entry in (plain, other, drops):
         run(entry, plain, tiny_data, tiny_settings, 0, tmp_path)
-    steps = 3 * (40 // 8) + 1  # The first is the measurement of activations.
+    steps = 3 * (40 // 8) + 2  # The first two are the measurement of kept bytes.
     assert [len(v) for v in seen.values()] == [steps] * 3
     assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*seen.values(), strict=True))
     assert not torch.equal(seen['plain'][1], seen['plain'][6])  # Another epoch has another order.
@@ -152,21 +152,6 @@ def test_a_run_leaves_the_random_numbers_of_the_process_to_no_influence(
     assert same(run(tiny_models[0], tiny_models[0], tiny_data, tiny_settings, 0, tmp_path / 'b')) == same(first)
     assert same(run(tiny_models[0], tiny_models[0], tiny_data, tiny_settings, 1, tmp_path / 'c')) != same(first)
     assert not torch.are_deterministic_algorithms_enabled()
-
-
-def test_activation_bytes_of_a_net_counted_by_hand() -> None:
-    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
-    # Kept: the input (4, 3), and the ReLU's output (4, 5), which the second layer shares.
-    assert activation_bytes(model, torch.zeros(4, 3)) == 4 * (4 * 3 + 4 * 5)
-
-
-def test_activation_bytes_leaves_the_model_as_it_was() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Dropout(0.5)).eval()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    state = torch.get_rng_state()
-    activation_bytes(model, torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)))
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert not model.training and torch.equal(torch.get_rng_state(), state)
 
 
 def test_user_errors_say_what_to_do(

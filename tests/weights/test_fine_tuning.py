@@ -11,7 +11,7 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 import timm_attn
-from timm_attn._folder import save
+from timm_attn.hub.folder import save
 
 
 def test_head_and_attention_train_alone_and_the_saved_model_gives_the_same_logits(

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from timm_attn.weights._read import read_checkpoint
+from timm_attn.weights.read import read_checkpoint
 
 STATE = {'conv1.weight': torch.arange(6.0).reshape(2, 3)}
 
@@ -135,9 +135,9 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_archive_that_claims_to_be_huge_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from timm_attn.weights import _read
+    from timm_attn.weights import read
 
-    monkeypatch.setattr(_read, '_MAX_UNPACKED', 1 << 20)
+    monkeypatch.setattr(read, '_MAX_UNPACKED', 1 << 20)
     with zipfile.ZipFile(tmp_path / 'x.zip', 'w', zipfile.ZIP_DEFLATED) as archive:
         archive.writestr('x.pth', bytes(2 << 20))
     with pytest.raises(ValueError, match='claims to unpack to 2 MiB'):

@@ -1,6 +1,7 @@
 """Every tag of the table, through `timm.create_model(..., pretrained=True)`."""
 
 import dataclasses
+import importlib
 import logging
 import re
 import zipfile
@@ -15,9 +16,10 @@ from safetensors.torch import save_file
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from timm_attn._checks import file_hash
-from timm_attn._folder import save
-from timm_attn.weights import TAGS, Tag, _load, cfgs_of, convert, weights_table
+from timm_attn.files import file_hash
+from timm_attn.hub.folder import save
+from timm_attn.weights import TAGS, Tag, cfgs_of, convert, weights_table
+from timm_attn.weights.sources.pytorchcv import KNOWN_SHA1
 from timm_attn.weights.tags import tags_of
 
 Plain = Callable[[int], dict[str, Tensor]]
@@ -197,7 +199,7 @@ def test_a_download_with_another_checksum_is_refused(
         timm.create_model('se_resnet18', pretrained=True)
     got = file_hash(hub / 'checkpoints' / Path(tag.url).name.removesuffix('.zip'), 'sha1')
     known = dataclasses.replace(tag, sha=got)
-    monkeypatch.setattr(_load, 'find_tag', lambda model, name: known)
+    monkeypatch.setattr(importlib.import_module('timm_attn.weights.load'), 'find_tag', lambda model, name: known)
     timm.create_model('se_resnet18', pretrained=True)
 
 
@@ -208,7 +210,7 @@ def test_a_files_checksum_outweighs_the_tags_word_for_it(
     torch.save(filled('pytorchcv_seresnet50'), file)
     load: dict[str, Any] = dict(pretrained=True, pretrained_cfg_overlay=_local(file=str(file)))
     timm.create_model('se_resnet50.pcv_in1k', **load)
-    monkeypatch.setitem(_load.KNOWN_SHA1, file_hash(file, 'sha1'), 'seresnet50')
+    monkeypatch.setitem(KNOWN_SHA1, file_hash(file, 'sha1'), 'seresnet50')
     with pytest.raises(ValueError, match=r"'seresnet50' has the stride in the first 1x1 convolution"):
         timm.create_model('se_resnet50.pcv_in1k', **load)
 

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.readers.reader_image_folder import find_images_and_targets
 
-from .._checks import require
+from ..optional import require
 
 DATA = ('digits', 'fashion-mnist', 'cifar10', 'cifar100')
 _EVAL_FOLDERS = ('validation', 'val', 'test')  # The first that exists is the evaluation split of an image folder.

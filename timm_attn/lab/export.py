@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from .._folder import save
+from ..hub.folder import save
 from .comparison import Comparison
 from .train import Entry, build, weights_path
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .._checks import atomic_write, require
+from ..files import atomic_write
+from ..optional import require
 from .tables import Row
 
 # Okabe and Ito, https://jfly.uni-koeln.de/color/; black is first, for the model that others are compared with.

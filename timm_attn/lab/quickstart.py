@@ -1,15 +1,13 @@
 """From nothing to a trained, saved, explained attention ResNet by one command: `timm-attn quickstart`."""
 
-import argparse
 import json
-import os
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .._checks import atomic_write
+from ..explain import attention_maps, gates_only
+from ..files import atomic_write
 from . import plots, tables
 from .compare import compare, write_report
 from .comparison import Comparison
@@ -66,8 +64,6 @@ def quickstart(out: str | Path, *, jobs: int = 1, smoke: bool = False, **setting
 
 
 def _draw_attention(comparison: Comparison, entry: Entry, model: Any, path: Path) -> None:
-    from ..explain import attention_maps, gates_only
-
     targets = comparison.data.val.targets
     classes = comparison.data.classes
     first = [targets.index(c) for c in range(len(classes)) if c in targets]
@@ -104,31 +100,3 @@ def _next(out: Path) -> str:
         '   # fine-tune on your images\n'
         f'  timm-attn push {out} USER/NAME   # to the Hugging Face Hub'
     )
-
-
-def add_parser(commands: 'argparse._SubParsersAction[argparse.ArgumentParser]') -> None:
-    """Adds `quickstart` to the command line."""
-    p = commands.add_parser(
-        'quickstart',
-        help='train, save and explain a small attention ResNet on handwritten digits',
-        description='Trains a small plain ResNet and its SE, CBAM, BAM and GAM versions on the handwritten digits '
-        'inside scikit-learn, in about a minute on two cores without a network, and saves the best attention model.',
-        epilog='example: timm-attn quickstart --out runs/quickstart',
-    )
-    p.add_argument('--out', default='runs/quickstart', help='folder of the model (default: runs/quickstart)')
-    p.add_argument('--jobs', type=int, default=_cores(), help='processes (default: one per core, here %(default)s)')
-    p.add_argument('--epochs', type=int, help='instead of 12')
-    p.add_argument('--device', help='cpu or cuda (default: cpu)')
-    p.add_argument('--smoke', action='store_true', help='a trial: few images, two epochs')
-    p.set_defaults(run=_main)
-
-
-def _main(args: argparse.Namespace) -> None:
-    print('Training five small ResNets on handwritten digits ...', file=sys.stderr)
-    settings = {k: v for k in ('epochs', 'device') if (v := getattr(args, k)) is not None}
-    quickstart(args.out, jobs=args.jobs, smoke=args.smoke, **settings)
-
-
-def _cores() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    return min(cores, len(PRESETS['digits'].models))

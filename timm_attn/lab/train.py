@@ -7,11 +7,9 @@ draws, every model of a seed sees the same images in the same order with the sam
 import hashlib
 import math
 import os
-import platform
 import random
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -30,7 +28,9 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, accuracy, dispatch_clip_grad, random_seed
 from torch import Tensor, nn
 
-from .._checks import atomic_write
+from ..files import atomic_write
+from ..measure import clock, environment, kept_bytes
+from ..models import cifar_stem_
 from .data import Data
 
 Report = Callable[[str, dict[str, float]], None]  # Called after each epoch with the run's id and the epoch's numbers.
@@ -121,8 +121,6 @@ def build(entry: Entry, data: Data, settings: Settings) -> nn.Module:
         **args,
     )
     if stem:
-        from ..models.attn_resnet import cifar_stem_
-
         if not isinstance(model, ResNet):
             raise ValueError(f"'{entry.name}' is no ResNet, so it has no 3x3 stem to choose: leave out cifar_stem.")
         cifar_stem_(model)
@@ -187,7 +185,9 @@ def run(
         model, shared = initial_model(entry, reference, data, settings, seed)
         model.to(device)
         train_loader, val_loader = _loaders(data, settings, device, workers)
-        memory = activation_bytes(model, torch.zeros(settings.batch_size, *_input_size(data, settings), device=device))
+        memory = kept_bytes(
+            model.train(), torch.zeros(settings.batch_size, *_input_size(data, settings), device=device)
+        )
         optimizer = create_optimizer_v2(
             model,
             opt=settings.opt,
@@ -217,11 +217,11 @@ def run(
         resumed = len(history)
         for epoch in range(resumed, settings.epochs):
             random_seed(_stream_seed(seed, epoch, 'model'))
-            start = _clock(device)
+            start = clock(device.type)
             batches = _own_randomness(train_loader, _stream_seed(seed, epoch, 'data'))
             updates = epoch * len(train_loader)
             train_loss = _train_epoch(model, batches, optimizer, scheduler, loss_fn, settings, updates)
-            seconds = _clock(device) - start
+            seconds = clock(device.type) - start
             if not math.isfinite(train_loss):
                 raise ValueError(f'{name}: the loss is {train_loss} in epoch {epoch + 1}: lower --lr (={settings.lr}).')
             measured = _evaluate(model, val_loader, settings)
@@ -256,7 +256,7 @@ def run(
         seconds_per_epoch=float(np.median([h['seconds'] for h in history])),
         shared_initial_tensors=shared,
         weights_sha256=_digest(model),
-        environment=environment(device),
+        environment=environment(device.type),
         finished=datetime.now(timezone.utc).isoformat(timespec='seconds'),
         command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     )
@@ -291,50 +291,6 @@ def initial_model(
     cfg: Any = model.pretrained_cfg
     only = f'{cfg["classifier"]}.' if settings.pretrained else ''
     return model, share_initial_weights(model, backbone, only)
-
-
-def activation_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes that autograd keeps between forward and backward, each storage once, without the parameters.
-
-    Args:
-        model: In train mode for the measurement; state and mode stay as they were.
-        x: A batch (N, C, H, W).
-    """
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    buffers = {k: v.clone() for k, v in model.state_dict().items()}  # A forward moves the running statistics.
-    mode = model.training
-    with _rng_kept(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model.train()
-        out = model(x)  # Held until the count is done: freed storages would be reused and counted once.
-    del out
-    model.load_state_dict(buffers)
-    model.train(mode)
-    return sum(kept.values())
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a number depends on beside the code: versions, machine, threads."""
-    if device.type == 'cuda':
-        machine = torch.cuda.get_device_name(device)
-    else:
-        machine = _cpu_name()
-    return dict(
-        torch=torch.__version__,
-        timm=timm.__version__,
-        python=platform.python_version(),
-        machine=machine,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
-        threads=torch.get_num_threads(),
-        clock='wall' if device.type == 'cuda' else 'cpu',
-    )
 
 
 @contextmanager
@@ -450,24 +406,8 @@ def _set_rng_state(state: tuple[Any, ...]) -> None:
     random.setstate(state[2])
 
 
-@contextmanager
-def _rng_kept() -> Iterator[None]:
-    state = _rng_state()
-    try:
-        yield
-    finally:
-        _set_rng_state(state)
-
-
 def _stream_seed(seed: int, epoch: int, stream: str) -> int:
     return int.from_bytes(hashlib.sha256(f'{seed}/{epoch}/{stream}'.encode()).digest()[:4], 'big')
-
-
-def _clock(device: torch.device) -> float:
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-    return time.process_time()  # Unlike wall time, hardly moved by other work on the machine.
 
 
 def _digest(model: nn.Module) -> str:
@@ -476,12 +416,3 @@ def _digest(model: nn.Module) -> str:
         digest.update(key.encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _cpu_name() -> str:
-    info = Path('/proc/cpuinfo')
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith('model name'):
-                return line.split(':', 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -3,16 +3,13 @@
 Every value in a file carries its source. `recipe_command('cbam_in1k')` gives the command for 8 GPUs.
 """
 
-import argparse
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 _FOLDER = Path(__file__).parent
 
 # The batch_size of the files is per process; together with this number it makes the batch of the source.
-_GPUS = 8
+GPUS = 8
 
 
 def list_recipes() -> list[str]:
@@ -59,7 +56,7 @@ def recipe_command(
     *,
     data: str = 'DATA',
     model: str | None = None,
-    gpus: int = _GPUS,
+    gpus: int = GPUS,
     script: str = 'train.py',
 ) -> list[str]:
     """The command that runs a recipe on one machine, as a list of words.
@@ -75,7 +72,7 @@ def recipe_command(
         ValueError: The batch cannot be divided by this number, or the recipe needs more than one process.
     """
     options = recipe_options(name)
-    total = options['batch_size'] * _GPUS
+    total = options['batch_size'] * GPUS
     if gpus < 1 or total % gpus:
         raise ValueError(f"gpus (={gpus}) must be positive and divide {total}, the batch of recipe '{name}'.")
     if gpus == 1 and options.get('aug_repeats'):
@@ -84,40 +81,6 @@ def recipe_command(
     command += ['--config', str(recipe_path(name))]
     if model is not None:
         command += ['--model', model]
-    if gpus != _GPUS:
+    if gpus != GPUS:
         command += ['--batch-size', str(total // gpus)]
     return [*command, '--data-dir', data]
-
-
-def add_parser(commands: 'argparse._SubParsersAction[argparse.ArgumentParser]') -> None:
-    """Adds `timm-attn recipe [NAME]`.
-
-    Args:
-        commands: Where subcommands are added.
-    """
-    parser = commands.add_parser(
-        'recipe',
-        help='list training recipes, or print the command that runs one',
-        description="Without NAME: the recipes. With NAME: the path of its YAML file for timm's train.py, and the "
-        'command that trains with it. There is no estimate of the cost on GPUs, since nothing was measured on one.',
-        epilog='example: timm-attn recipe cbam_in1k --model cbam_resnet18 --data-dir /data/imagenet',
-    )
-    parser.add_argument('name', nargs='?', metavar='NAME', help='the recipe (default: list all)')
-    parser.add_argument('--data-dir', default='DATA', metavar='DIR', help="the dataset's folder (default: %(default)s)")
-    parser.add_argument('--model', metavar='MODEL', help="another model than the recipe's")
-    parser.add_argument('--gpus', type=int, default=_GPUS, metavar='N', help='processes (default: %(default)s)')
-    parser.add_argument('--script', default='train.py', metavar='PATH', help="timm's train.py (default: %(default)s)")
-    parser.set_defaults(run=_run)
-
-
-def _run(args: argparse.Namespace) -> None:
-    if args.name is None:
-        width = max(map(len, list_recipes()))
-        for name in list_recipes():
-            print(f'{name:{width}}  {recipe_title(name)}')
-        return
-    command = recipe_command(args.name, data=args.data_dir, model=args.model, gpus=args.gpus, script=args.script)
-    # A comment, so that the whole output is a shell script.
-    print(f'# {recipe_path(args.name)}')
-    print(shlex.join(command))
-    print('Time and cost are not estimated: no throughput of these models on GPUs has been measured.', file=sys.stderr)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .._checks import require
+from ..optional import require
 
 DRIVE = 'https://drive.google.com/uc?id='
 

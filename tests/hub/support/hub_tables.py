@@ -1,0 +1,190 @@
+"""The rows of docs/reliability.md: what goes wrong or is tried, and what then happens. Each row is a test.
+
+    python tests/hub/support/hub_tables.py    # writes docs/reliability.md
+
+`tests/hub/test_push_faults.py`, `test_load_faults.py` and `test_attacks.py` run the rows; `test_reliability.py`
+compares the page with them.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PAGE = Path(__file__).resolve().parents[3] / 'docs' / 'reliability.md'
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table.
+
+    Args:
+        id: The test's id.
+        what: What goes wrong, or is tried.
+        outcome: 'done' (it ends well all the same) or 'error' (a `HubError`; nothing half-done), with more words.
+        step: The step of the protocol it strikes.
+        method: HTTP method of the requests it strikes.
+        path: Regular expression of their paths.
+        fault: Arguments of `HubServer.fault`.
+        match: Regular expression in the message of the error.
+    """
+
+    id: str
+    what: str
+    outcome: str
+    step: str = ''
+    method: str = ''
+    path: str = ''
+    fault: dict[str, Any] = field(default_factory=dict)
+    match: str = ''
+
+    @property
+    def ends_well(self) -> bool:
+        return self.outcome.startswith('done')
+
+
+_IN_TIME = 'error within the time limit; running it again finishes'
+_AGAIN = 'done: retried'
+_ERROR = 'error that says what to do; running it again finishes'
+
+# Name, arguments of HubServer.fault, outcome, message.
+_FAULTS: tuple[tuple[str, dict[str, Any], str, str], ...] = (
+    ('401', {'status': 401, 'times': None}, _ERROR, 'hf auth login'),
+    ('403', {'status': 403, 'times': None}, _ERROR, 'write access|403'),
+    ('404', {'status': 404, 'times': None}, _ERROR, 'check the name'),
+    ('409 once', {'status': 409}, _AGAIN, ''),
+    ('412 once', {'status': 412}, 'done: read again, merged again', ''),
+    ('429 once, Retry-After 3', {'status': 429, 'headers': {'Retry-After': '3'}}, 'done: waited as told', ''),
+    ('429, Retry-After 9999', {'status': 429, 'headers': {'Retry-After': '9999'}, 'times': None}, _ERROR, 'to wait'),
+    ('500 once', {'status': 500}, _AGAIN, ''),
+    ('503 once', {'status': 503}, _AGAIN, ''),
+    ('503 for good', {'status': 503, 'times': None}, _ERROR, '503|Gave up'),
+    ('hang-up once', {'drop': True}, _AGAIN, ''),
+    ('hang-up for good', {'drop': True, 'times': None}, _ERROR, 'connection|Gave up|reached'),
+    ('silence', {'stall': True, 'times': None}, _IN_TIME, 'answer|Gave up'),
+    ('answer lost once', {'drop': True, 'after': True}, 'done: what took effect is found', ''),
+)
+
+_PUSH_STEPS = (
+    ('look at the repository', 'GET', r'^/api/models/me/x(/revision/|$)'),
+    ('create it', 'POST', r'^/api/repos/create'),
+    ('create the branch', 'POST', r'/branch/'),
+    ('list its files', 'POST', r'/paths-info/'),
+    ('find its card', 'HEAD', r'/resolve/.*README'),
+    ('read its card', 'GET', r'/resolve/.*README'),
+    ('check our card', 'POST', r'^/api/validate-yaml'),
+    ('announce the files', 'POST', r'/preupload/'),
+    ('ask for storage', 'POST', r'/info/lfs/objects/batch'),
+    ('upload', 'PUT', r'^/repos/'),
+    ('have it verified', 'POST', r'/info/lfs/objects/verify'),
+    ('commit', 'POST', r'/commit/'),
+)
+_LOAD_STEPS = (
+    ('resolve the revision', 'GET', r'^/api/models/me/x'),
+    ('ask for checksums', 'POST', r'/paths-info/'),
+    ('find config.json', 'HEAD', r'/resolve/.*config'),
+    ('read config.json', 'GET', r'/resolve/.*config'),
+    ('find model.safetensors', 'HEAD', r'/resolve/.*model'),
+    ('read model.safetensors', 'GET', r'^/repos/'),
+)
+
+
+def _slug(*words: str) -> str:
+    return '-'.join(words).replace(',', '').replace(' ', '_')
+
+
+# What the client itself makes of some answers differs from the rule.
+_AT_ONCE = ('done: the client asks again at once', '')
+_PUSH_EXCEPTIONS: dict[tuple[str, str], tuple[str, str]] = {
+    ('find its card', '429 once, Retry-After 3'): _AT_ONCE,
+}
+_LOAD_EXCEPTIONS: dict[tuple[str, str], tuple[str, str]] = {
+    ('find config.json', '429 once, Retry-After 3'): _AT_ONCE,
+    ('find model.safetensors', '429 once, Retry-After 3'): _AT_ONCE,
+}
+
+
+def _cross(steps: Iterable[tuple[str, str, str]], exceptions: dict[tuple[str, str], tuple[str, str]]) -> list[Row]:
+    rows = []
+    for step, method, path in steps:
+        for name, fault, outcome, match in _FAULTS:
+            outcome, match = exceptions.get((step, name), (outcome, match))
+            rows.append(Row(_slug(step, name), name, outcome, step, method, path, fault, match))
+    return rows
+
+
+PUSH_FAULTS = _cross(_PUSH_STEPS, _PUSH_EXCEPTIONS)
+
+LOAD_FAULTS = [
+    *_cross(_LOAD_STEPS, _LOAD_EXCEPTIONS),
+    *(
+        Row(_slug(step, name), name, outcome, step, 'GET', path, fault, match)
+        for step, path in (('read config.json', r'/resolve/.*config'), ('read model.safetensors', r'^/repos/'))
+        for name, fault, outcome, match in (
+            ('one bit flipped once', {'corrupt': True}, 'done: deleted and fetched again', ''),
+            (
+                'one bit flipped for good',
+                {'corrupt': True, 'times': None},
+                'error: checksum; the file is gone from the cache',
+                'checksum',
+            ),
+            ('cut short once', {'truncate': 100}, _AGAIN, ''),
+            ('cut short for good', {'truncate': 100, 'times': None}, _ERROR, 'connection|Gave up|Consistency|reached'),
+            ('cut short, length honest', {'truncate': 100, 'honest': True, 'times': None}, _ERROR, 'Consistency'),
+        )
+    ),
+]
+
+
+def _markdown(rows: Iterable[Row], first: str) -> str:
+    lines = [f'| step | {first} | outcome |', '|---|---|---|']
+    lines += [f'| {r.step} | {r.what} | {r.outcome} |' for r in rows]
+    return '\n'.join(lines)
+
+
+def page() -> str:
+    """docs/reliability.md."""
+    from hub_attacks import ATTACKS, EVENTS
+
+    return f"""# Reliability
+
+Each row is a test that runs the real client against a Hub on the loopback interface
+(`tests/hub/support/hub_server.py`), over real HTTP. This page is written by
+`python tests/hub/support/hub_tables.py`, and a test compares it with the rows that ran.
+
+## Pushing: {len(PUSH_FAULTS)} faults
+
+After each row the repository holds either the old files or all of the new ones, and nothing that somebody else
+committed is lost. 'For good' lasts until the run has ended; then the same command runs again without the fault.
+
+{_markdown(PUSH_FAULTS, 'fault')}
+
+## Loading: {len(LOAD_FAULTS)} faults
+
+With an empty cache.
+
+{_markdown(LOAD_FAULTS, 'fault')}
+
+## Loading: {len(ATTACKS)} attacks
+
+What a repository, a cache or a folder may hold. 'Refused' is a `HubFileError` that names the file and the field, before
+anything was built from it.
+
+{_markdown(ATTACKS, 'attack')}
+
+## {len(EVENTS)} events
+
+{_markdown(EVENTS, 'event')}
+"""
+
+
+if __name__ == '__main__':
+    import os
+    import tempfile
+
+    PAGE.parent.mkdir(exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=PAGE.parent)
+    with os.fdopen(handle, 'w', encoding='utf-8') as file:
+        file.write(page())
+    os.chmod(name, 0o644)
+    os.replace(name, PAGE)

@@ -1,0 +1,54 @@
+"""The command line: `timm-attn list | quickstart | compare | convert | recipe | card | push | pull | ...`.
+
+Every subcommand is one file here and one Python call of the package. What a command prints on
+stdout is data; what it says goes to stderr. Exit code 2 is wrong usage, 1 is a failure.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from huggingface_hub.errors import HfHubHTTPError
+
+from . import bench, card, compare, convert, explain, publish, pull, push, quickstart, recipe, space
+from . import list as list_
+
+# In the order in which --help shows them.
+COMMANDS = (list_, quickstart, compare, recipe, convert, card, push, pull, publish, explain, space, bench)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all subcommands."""
+    parser = argparse.ArgumentParser(
+        prog='timm-attn',
+        description="Attention ResNets for timm, equal to the authors' code.",
+        epilog='example: timm-attn quickstart --out runs/quickstart',
+    )
+    commands = parser.add_subparsers(title='commands', dest='command', required=True)
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: The words behind `timm-attn`; sys.argv's by default.
+
+    Returns:
+        The exit code.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except (ValueError, TypeError, ImportError, RuntimeError, OSError, HfHubHTTPError) as e:
+        print(f'timm-attn {args.command}: {e}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f'timm-attn {args.command}: interrupted', file=sys.stderr)
+        return 130
+
+
+if __name__ == '__main__':
+    sys.exit(main())

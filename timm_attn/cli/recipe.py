@@ -1,0 +1,41 @@
+"""`timm-attn recipe`: lists training recipes, and prints the command that runs one."""
+
+import argparse
+import shlex
+import sys
+
+from ..recipes import GPUS, list_recipes, recipe_command, recipe_path, recipe_title
+
+
+def add_parser(commands: 'argparse._SubParsersAction[argparse.ArgumentParser]') -> None:
+    """Adds `timm-attn recipe [NAME]`.
+
+    Args:
+        commands: Where subcommands are added.
+    """
+    parser = commands.add_parser(
+        'recipe',
+        help='list training recipes, or print the command that runs one',
+        description="Without NAME: the recipes. With NAME: the path of its YAML file for timm's train.py, and the "
+        'command that trains with it. There is no estimate of the cost on GPUs, since nothing was measured on one.',
+        epilog='example: timm-attn recipe cbam_in1k --model cbam_resnet18 --data-dir /data/imagenet',
+    )
+    parser.add_argument('name', nargs='?', metavar='NAME', help='the recipe (default: list all)')
+    parser.add_argument('--data-dir', default='DATA', metavar='DIR', help="the dataset's folder (default: %(default)s)")
+    parser.add_argument('--model', metavar='MODEL', help="another model than the recipe's")
+    parser.add_argument('--gpus', type=int, default=GPUS, metavar='N', help='processes (default: %(default)s)')
+    parser.add_argument('--script', default='train.py', metavar='PATH', help="timm's train.py (default: %(default)s)")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.name is None:
+        width = max(map(len, list_recipes()))
+        for name in list_recipes():
+            print(f'{name:{width}}  {recipe_title(name)}')
+        return
+    command = recipe_command(args.name, data=args.data_dir, model=args.model, gpus=args.gpus, script=args.script)
+    # A comment, so that the whole output is a shell script.
+    print(f'# {recipe_path(args.name)}')
+    print(shlex.join(command))
+    print('Time and cost are not estimated: no throughput of these models on GPUs has been measured.', file=sys.stderr)

@@ -1,0 +1,319 @@
+"""The Hub's client with an end to waiting, and its many exceptions as one.
+
+huggingface_hub sends its requests without a time limit, retries some of them for minutes, and fails with its own
+errors, those of its HTTP library, of the Xet storage and of Python. Inside `limits()` each request has a time limit
+and a bounded number of tries; inside `explained()` whatever fails becomes a `HubError` that says what to do.
+"""
+
+import importlib
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import huggingface_hub
+from huggingface_hub import HfApi, errors
+from huggingface_hub.utils import _http as _hub_http
+
+from ..version import package_version
+
+# httpx2, or httpx with an older client: whichever the client's own errors come from.
+_http: Any = importlib.import_module(errors.HfHubHTTPError.__mro__[1].__module__.partition('.')[0])
+
+
+_logger = logging.getLogger(__name__)
+T = TypeVar('T')
+
+
+class HubError(RuntimeError):
+    """Something between us and the Hub failed; the message says what to do.
+
+    Args:
+        message: What happened and what to do.
+        status: The HTTP status, where the Hub answered.
+        transient: Whether the same request may succeed a moment later.
+        wait: Seconds the Hub asks to wait.
+    """
+
+    def __init__(
+        self, message: str, *, status: int | None = None, transient: bool = False, wait: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.transient = transient
+        self.wait = wait
+
+
+class HubFileError(HubError, ValueError):
+    """A file of a repository or folder was refused: the message names the file, the field and the rule."""
+
+
+@dataclass
+class Settings:
+    """How long to wait.
+
+    Args:
+        timeout: Seconds without a byte after which a request has failed.
+        tries: How often one request is sent before we give up on it.
+        attempts: How often a push or load starts over, each time from what the Hub holds then.
+        wait: Seconds before the second attempt, doubled for each further one.
+        longest_wait: A `Retry-After` beyond this many seconds is reported, not waited for.
+    """
+
+    timeout: float = 30.0
+    tries: int = 4
+    attempts: int = 5
+    wait: float = 1.0
+    longest_wait: float = 120.0
+
+
+SETTINGS = Settings()
+
+
+def hub_api(token: str | bool | None = None) -> HfApi:
+    """The client that all our requests go through.
+
+    Args:
+        token: A token, None for the one that is logged in, False for none.
+    """
+    return HfApi(token=token, library_name='timm_attn', library_version=package_version())
+
+
+class _Tries:
+    """Counts how often a request was sent without an answer below 400, and stops the client's own retries at a
+    bound."""
+
+    def __init__(self) -> None:
+        self.counts: dict[tuple[Any, ...], tuple[int, str]] = {}
+
+    @staticmethod
+    def _key(request: Any) -> tuple[Any, ...]:
+        # A resumed download has another range: it makes progress, and progress is not counted.
+        return threading.get_ident(), request.method, str(request.url), request.headers.get('range')
+
+    def before(self, request: Any) -> None:
+        limit = SETTINGS.timeout
+        # The client overrides the time limit of the session with 60 s for some requests.
+        given = request.extensions.get('timeout', {})
+        request.extensions['timeout'] = {
+            k: limit if given.get(k) is None else min(limit, given[k]) for k in ('connect', 'read', 'write', 'pool')
+        }
+        key = self._key(request)
+        count, last = self.counts.get(key, (0, 'no answer'))
+        if count >= SETTINGS.tries:
+            del self.counts[key]
+            raise HubError(
+                f'Gave up after {count} tries of {request.method} {request.url.path} (last: {last}). '
+                'Check the connection and https://status.huggingface.co, then run the same command again: '
+                'it goes on where it stopped.'
+            )
+        self.counts[key] = (count + 1, f'no answer within {limit:g} s')
+
+    def after(self, response: Any) -> None:
+        key = self._key(response.request)
+        if response.status_code < 400:
+            self.counts.pop(key, None)
+            return
+        if key in self.counts:
+            self.counts[key] = (self.counts[key][0], f'HTTP {response.status_code}')
+        wait = _retry_after(response)
+        if wait is not None and wait > SETTINGS.longest_wait:
+            raise HubError(
+                f'The Hub limits the rate of requests and asks to wait {wait:g} s: run the same command again then.',
+                status=response.status_code,
+                wait=wait,
+            )
+
+
+_lock = threading.Lock()
+_users = 0
+_previous: Any = None
+
+
+@contextmanager
+def limits() -> Iterator[None]:
+    """Gives every request of the Hub's client a time limit and a bounded number of tries, and takes both back at the
+    end.
+
+    The client is one per process, so pushes and loads that run at once in several threads share the limits; the last
+    one takes them back.
+    """
+    global _users, _previous
+    with _lock:
+        _users += 1
+        if _users == 1:
+            previous = _previous = _hub_http._GLOBAL_CLIENT_FACTORY
+            tries = _Tries()
+
+            def factory() -> Any:
+                client = previous()
+                client.timeout = _http.Timeout(SETTINGS.timeout)
+                hooks = client.event_hooks
+                client.event_hooks = {
+                    'request': [*hooks.get('request', []), tries.before],
+                    'response': [*hooks.get('response', []), tries.after],
+                }
+                return client
+
+            huggingface_hub.set_client_factory(factory)
+    try:
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                huggingface_hub.set_client_factory(_previous)
+
+
+_LOGIN = "log in with 'hf auth login', or set HF_TOKEN"
+_STATUS = {
+    400: 'The Hub refused the request as malformed ({detail}).',
+    401: 'The Hub refused the token for {repo} ({detail}): ' + _LOGIN + ' to a token that is still valid.',
+    402: 'The Hub asks for payment for {repo} ({detail}): see the billing page of the account, or push a public '
+    'repository.',
+    403: 'The token may not do this on {repo} ({detail}): use a token with write access to its namespace.',
+    404: 'The Hub does not know what was asked for at {repo} ({detail}): check the name and the revision.',
+    409: 'The Hub reports a conflict for {repo} ({detail}): another operation is under way; run the same command '
+    'again.',
+    412: '{repo} changed while we worked ({detail}): run the same command again, it starts from the new state.',
+    413: 'The Hub refused the size of the upload to {repo} ({detail}).',
+    429: 'The Hub limits the rate of requests ({detail}): wait, then run the same command again.',
+}
+# Raised by the Xet storage and by this machine; clients before 2.0 lack the first.
+_LOCAL: tuple[type[Exception], ...] = (OSError, RuntimeError, getattr(errors, 'XetDownloadError', OSError))
+_TRANSIENT = frozenset({408, 409, 412, 429, 500, 502, 503, 504})
+_AGAIN = 'run the same command again: it goes on where it stopped'
+
+
+@contextmanager
+def explained(action: str, repo_id: str, token: str | bool | None = None) -> Iterator[None]:
+    """Turns whatever the client raises into a `HubError` with a remedy, and keeps the token out of its text.
+
+    Args:
+        action: What was being done, such as 'push to'.
+        repo_id: The repository.
+        token: The token in use, which must not be shown.
+
+    Raises:
+        HubError: Something failed.
+    """
+    try:
+        yield
+    except Exception as e:
+        error = as_hub_error(e, repo_id, token)
+        if error is None or error is e:
+            raise
+        message = f'Could not {action} {repo_id}. {error}'
+        raise HubError(message, status=error.status, transient=error.transient, wait=error.wait) from e
+
+
+def patiently(action: str, repo_id: str, token: str | bool | None, work: Callable[[], T]) -> T:
+    """Does something that may be repeated, again when it failed for a reason that may pass.
+
+    Args:
+        action: What is being done, such as 'push to'.
+        repo_id: The repository.
+        token: The token in use, which must not be shown.
+        work: What to do; it starts from what the Hub holds then.
+
+    Returns:
+        What `work` returns.
+
+    Raises:
+        HubError: Somebody has to act, the Hub asks for more patience than `SETTINGS` has, or the attempts are used up.
+    """
+    delay = SETTINGS.wait
+    for attempt in range(1, SETTINGS.attempts + 1):
+        try:
+            with explained(action, repo_id, token):
+                return work()
+        except HubError as e:
+            pause = delay if e.wait is None else e.wait
+            if attempt == SETTINGS.attempts or not e.transient or pause > SETTINGS.longest_wait:
+                raise
+            # A commit in between is no reason to wait.
+            pause = 0 if e.status == 412 else pause
+            _logger.warning('%s (attempt %d of %d; the next in %g s)', e, attempt, SETTINGS.attempts, pause)
+            time.sleep(pause)
+            delay *= 2
+    raise AssertionError('the last attempt returns or raises')
+
+
+def as_hub_error(e: Exception, repo_id: str, token: str | bool | None = None) -> HubError | None:
+    """What an exception of the client means, or None when it is none of those a Hub can cause.
+
+    Args:
+        e: The exception.
+        repo_id: The repository.
+        token: The token in use, which must not be shown.
+    """
+    if isinstance(e, HubError):
+        return e
+    # The client wraps what failed in an upload, and in the look at a file that is not cached.
+    wrapped = isinstance(e, errors.LocalEntryNotFoundError) or type(e) is RuntimeError
+    if wrapped and isinstance(e.__cause__, Exception):
+        inner = as_hub_error(e.__cause__, repo_id, token)
+        if inner is not None:
+            return inner
+    return _explain(e, repo_id, _hidden(str(e), token))
+
+
+def _hidden(text: str, token: str | bool | None) -> str:
+    token = token if isinstance(token, str) else huggingface_hub.get_token()
+    text = ' '.join(text.split())
+    return text.replace(token, '(token)') if token else text
+
+
+def _retry_after(response: Any) -> float | None:
+    limit = _hub_http.parse_ratelimit_headers(response.headers)
+    if limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    value = response.headers.get('retry-after', '').strip()
+    return float(value) if value.isdigit() else None
+
+
+def _explain(e: Exception, repo: str, detail: str) -> HubError | None:
+    if isinstance(e, errors.GatedRepoError):
+        return HubError(
+            f"'{repo}' is gated: accept its conditions on its page on the Hub, then {_LOGIN} of that account.",
+            status=403,
+        )
+    if isinstance(e, errors.RepositoryNotFoundError):
+        return HubError(
+            f"There is no repository '{repo}', or it is private: check the name, and {_LOGIN} of an account that may "
+            f'see it.',
+            status=404,
+        )
+    if isinstance(e, errors.RevisionNotFoundError):
+        return HubError(f"'{repo}' has no such revision ({detail}): name a branch, tag or commit of it.", status=404)
+    if isinstance(e, errors.DisabledRepoError):
+        return HubError(f"The Hub has disabled access to '{repo}': ask its owner or the Hub's support.", status=403)
+    if isinstance(e, errors.RemoteEntryNotFoundError):
+        return HubError(f"'{repo}' lacks a file ({detail}).", status=404)
+    if isinstance(e, errors.HfHubHTTPError):
+        status = e.response.status_code
+        text = _STATUS.get(status, f'The Hub answered {status} ({{detail}}): {_AGAIN}; https://status.huggingface.co.')
+        text = text.format(repo=f"'{repo}'", detail=detail)
+        return HubError(text, status=status, transient=status in _TRANSIENT, wait=_retry_after(e.response))
+    if isinstance(e, errors.OfflineModeIsEnabled):
+        return HubError('HF_HUB_OFFLINE is set: unset it to use the network.')
+    if isinstance(e, errors.LocalEntryNotFoundError):
+        return HubError(f'The file is not in the cache and the Hub cannot be reached ({detail}): {_AGAIN}.')
+    if isinstance(e, errors.HFValidationError):
+        return HubError(f'{detail} Expected NAMESPACE/NAME.')
+    if isinstance(e, json.JSONDecodeError):
+        return HubError(f'The Hub answered with something that is no JSON ({detail}): {_AGAIN}.', transient=True)
+    if isinstance(e, ValueError) and 'Invalid metadata in README.md' in detail:
+        return HubError(f"The Hub refuses the card's metadata: {detail}", status=400)
+    if isinstance(e, _http.TimeoutException):
+        return HubError(f'The Hub did not answer within {SETTINGS.timeout:g} s: {_AGAIN}.', transient=True)
+    if isinstance(e, _http.HTTPError):
+        return HubError(f'The connection to the Hub failed ({detail}): {_AGAIN}.', transient=True)
+    if isinstance(e, _LOCAL):
+        # Consistency checks, a disc that is full, the Xet storage: their own text is the best there is.
+        return HubError(f'{type(e).__name__}: {detail}. Once that is settled, {_AGAIN}.')
+    return None

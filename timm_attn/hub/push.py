@@ -1,0 +1,318 @@
+"""Models to and from the Hugging Face Hub, in a way that survives failures on either side.
+
+`push_to_hub` checks everything before it creates anything, makes one commit on top of the state it has read, and may
+be run again after any failure. `load_from_hub` builds nothing and reads no weight before config, checksum and header
+are in order.
+"""
+
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+from huggingface_hub import CommitOperationAdd, ModelCard, constants
+from torch import nn
+
+from .card import check_card, render_card
+from .client import HubError, HubFileError, as_hub_error, hub_api, limits, patiently
+from .config import MAX_CONFIG_BYTES, check_config, encode_config, parse_config
+from .download import RemoteFile, Snapshot, checksum, fetch, remote_files
+from .folder import read_folder, save
+from .records import add_evaluation
+from .rules import CARD, CONFIG, MAX_CARD_BYTES, WEIGHTS, check_repo_id
+
+_logger = logging.getLogger(__name__)
+_COMMIT = re.compile(r'[0-9a-f]{40}')
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What a push did.
+
+    Args:
+        repo_id: The repository.
+        commit: The commit that holds the model.
+        url: Where to look at it.
+        changed: The files of the new commit; empty when the repository held all of them already and no commit was made.
+        pull_request: The pull request, where one was asked for.
+    """
+
+    repo_id: str
+    commit: str
+    url: str
+    changed: tuple[str, ...]
+    pull_request: str | None = None
+
+    def __str__(self) -> str:
+        if not self.changed:
+            return f'{self.repo_id} is up to date at {self.commit[:12]}: nothing to push, no commit made.'
+        what = f'pull request {self.pull_request}' if self.pull_request else f'commit {self.commit[:12]}'
+        return f'Pushed {", ".join(self.changed)} to {self.repo_id}: {what}, {self.url}'
+
+
+def _check_target(revision: str | None, create_pr: bool) -> None:
+    if revision is not None and _COMMIT.fullmatch(revision):
+        raise ValueError(f'revision (={revision!r}) is a commit, and commits do not change: name a branch.')
+    if create_pr and revision not in (None, constants.DEFAULT_REVISION):
+        raise ValueError(f"create_pr=True opens a pull request against 'main'; leave revision (={revision!r}) out.")
+
+
+def push_to_hub(
+    model_or_dir: nn.Module | str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    eval_results: Any = None,
+    force: bool = False,
+    commit_message: str | None = None,
+    label_names: Sequence[str] | Mapping[str, str] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+    status: str | None = None,
+    license: str | None = None,
+    data_config: Mapping[str, Any] | None = None,
+) -> PushResult:
+    """Puts a model, its config and its card on the Hub in one commit.
+
+    Nothing is created or sent before the files and the card have passed all checks here. The commit names the state it
+    was made from; when somebody else commits in between, the push starts over from theirs. Run it again after any
+    failure: what is there already is not sent twice, and when everything is there no commit is made.
+
+    Args:
+        model_or_dir: A model, or a folder that `save` wrote.
+        repo_id: 'NAMESPACE/NAME'; created when it does not exist.
+        private: Whether a repository that is created is private.
+        revision: The branch; created from main when it does not exist.
+        create_pr: Open a pull request instead of committing to the branch.
+        token: A token with write access; None is the one that is logged in.
+        eval_results: As for `save`; replaces the records of a folder.
+        force: Replace a model of another architecture, or a config that cannot be read.
+        commit_message: First line of the commit.
+        label_names: As for `save`; without them the ones in the repository are kept when the number of classes is the
+            same.
+        provenance: As for `save`, for a model.
+        training: As for `save`, for a model.
+        status: As for `save`, for a model.
+        license: As for `save`, for a model.
+        data_config: As for `save`, for a model.
+
+    Returns:
+        What was pushed, and at which commit.
+
+    Raises:
+        ValueError: An argument, the model or the card is not in order. Nothing was sent.
+        HubError: The Hub or the way to it failed; the message says what to do.
+    """
+    check_repo_id(repo_id)
+    _check_target(revision, create_pr)
+    with tempfile.TemporaryDirectory(prefix='timm_attn-') as temporary:
+        records = {
+            'label_names': label_names,
+            'provenance': provenance,
+            'training': training,
+            'status': status,
+            'license': license,
+            'data_config': data_config,
+        }
+        if isinstance(model_or_dir, nn.Module):
+            save(model_or_dir, temporary, eval_results=eval_results, card=False, **records)
+            folder = Path(temporary)
+        else:
+            if given := [k for k, v in records.items() if v is not None and k != 'label_names']:
+                raise ValueError(
+                    f'{given} are for a model; a folder has its own: pass them to save, or edit its config.json.'
+                )
+            folder = Path(model_or_dir)
+        config, files = read_folder(folder)
+        raw = dict(config.raw)
+        if not isinstance(model_or_dir, nn.Module):
+            raw = add_evaluation(raw, eval_results)
+        if label_names is not None:
+            raw['label_names'] = dict(label_names) if isinstance(label_names, Mapping) else list(label_names)
+        push = _Push(repo_id, revision, create_pr, private, force, commit_message, token, raw, files)
+        push.check()
+        if token is None and huggingface_hub.get_token() is None:
+            raise HubError(
+                "There is no token: log in with 'hf auth login', or set HF_TOKEN. Nothing was sent.", status=401
+            )
+        with limits():
+            return push.run()
+
+
+class _Push:
+    """One push: local files, checked, and attempts to commit them on top of what the Hub holds at that moment."""
+
+    def __init__(
+        self,
+        repo_id: str,
+        revision: str | None,
+        create_pr: bool,
+        private: bool,
+        force: bool,
+        commit_message: str | None,
+        token: str | None,
+        config: dict[str, Any],
+        files: dict[str, Path],
+    ) -> None:
+        self.repo_id = repo_id
+        self.revision = revision
+        self.create_pr = create_pr
+        self.private = private
+        self.force = force
+        self.message = commit_message or f'Add {config["architecture"]}'
+        self.token = token
+        self.config = config
+        self.files = files
+        self.api = hub_api(token)
+
+    def check(self) -> None:
+        """Renders everything as for an empty repository, so that what is wrong is found before the first request."""
+        check_config(parse_config(encode_config(self.config)))
+        check_card(self._card(self.config, self._local_card()))
+
+    def _local_card(self) -> str | None:
+        return self.files[CARD].read_text(encoding='utf-8') if CARD in self.files else None
+
+    def _card(self, config: dict[str, Any], old: str | None) -> str:
+        return render_card(config, weights=self.files[WEIGHTS], source=f'hf-hub:{self.repo_id}', old=old)
+
+    def run(self) -> PushResult:
+        """Attempts until it is done, somebody has to act, or the attempts are used up."""
+        return patiently('push to', self.repo_id, self.api.token, self._attempt)
+
+    def _attempt(self) -> PushResult:
+        snapshot = self._snapshot()
+        with tempfile.TemporaryDirectory(prefix='timm_attn-') as temporary:
+            files = self._merged(snapshot, Path(temporary))
+            changed = [n for n, p in files.items() if not _same(snapshot.files.get(n), p)]
+            url = f'{self.api.endpoint}/{self.repo_id}'
+            if not changed:
+                _logger.info('%s is up to date at %s: no commit made.', self.repo_id, snapshot.commit[:12])
+                return PushResult(self.repo_id, snapshot.commit, f'{url}/tree/{snapshot.commit}', ())
+            info = self._commit(snapshot, {n: files[n] for n in changed})
+            commit = info.oid
+            there = remote_files(self.api, self.repo_id, commit, list(files))
+            if wrong := [n for n, p in files.items() if not _same(there.get(n), p)]:
+                raise HubError(
+                    f'The Hub took the commit {commit[:12]}, but holds other bytes of {", ".join(wrong)}: run the '
+                    f'same command again.'
+                )
+        return PushResult(self.repo_id, commit, info.pr_url or f'{url}/commit/{commit}', tuple(changed), info.pr_url)
+
+    def _commit(self, snapshot: Snapshot, files: dict[str, Path]) -> Any:
+        try:
+            return self.api.create_commit(
+                self.repo_id,
+                [CommitOperationAdd(name, str(path)) for name, path in files.items()],
+                commit_message=self.message,
+                revision=self.revision,
+                create_pr=self.create_pr,
+                parent_commit=snapshot.commit,
+            )
+        except Exception as e:
+            error = as_hub_error(e, self.repo_id, self.api.token)
+            if not self.create_pr or error is None or not error.transient or error.status in (412, 429):
+                raise
+            # The answer is lost, but perhaps not the pull request: a second one would be worse than a question.
+            raise HubError(
+                f'{error} See first whether {self.api.endpoint}/{self.repo_id}/discussions has the pull request '
+                f'already.',
+                status=error.status,
+            ) from e
+
+    def _snapshot(self) -> Snapshot:
+        """What the Hub holds now; creates the repository or the branch when there is none."""
+        names = [CONFIG, WEIGHTS, CARD, *self.files]
+        try:
+            info = self.api.model_info(self.repo_id, revision=self.revision or constants.DEFAULT_REVISION)
+        except huggingface_hub.errors.GatedRepoError:
+            raise
+        except huggingface_hub.errors.RepositoryNotFoundError:
+            self._ask_about_card()
+            self.api.create_repo(self.repo_id, private=self.private)
+            info = self.api.model_info(self.repo_id)
+            self._make_branch(info.sha)
+        except huggingface_hub.errors.RevisionNotFoundError:
+            self._make_branch(None)
+            info = self.api.model_info(self.repo_id, revision=self.revision)
+        commit = info.sha
+        if commit is None or not _COMMIT.fullmatch(commit):
+            raise HubError(
+                f"The Hub named no commit for '{self.repo_id}' (got {commit!r}): run the same command again."
+            )
+        return Snapshot(self.repo_id, self.revision, commit, remote_files(self.api, self.repo_id, commit, names))
+
+    def _ask_about_card(self) -> None:
+        # The Hub's own opinion of the card comes before anything is created.
+        try:
+            ModelCard(self._card(self.config, self._local_card())).validate(repo_type='model')
+        except ValueError as e:
+            if isinstance(e, HubError):
+                raise
+            raise HubError(f'The Hub refuses the card: {" ".join(str(e).split())}', status=400) from e
+
+    def _make_branch(self, commit: str | None) -> None:
+        if self.revision in (None, constants.DEFAULT_REVISION):
+            return
+        if self.revision.startswith('refs/'):
+            raise HubError(
+                f"'{self.repo_id}' has no {self.revision}: pull requests are opened with create_pr=True.", status=404
+            )
+        self.api.create_branch(self.repo_id, branch=self.revision, revision=commit)
+
+    def _merged(self, snapshot: Snapshot, temporary: Path) -> dict[str, Path]:
+        """Our files with what has to be kept of those on the Hub: label names, and a human's part of the card."""
+        config = dict(self.config)
+        there = self._remote_config(snapshot)
+        if there is not None:
+            if there.get('architecture') != config['architecture'] and not self.force:
+                raise HubError(
+                    f"'{self.repo_id}' holds a {str(there.get('architecture'))[:80]}, not a {config['architecture']}: "
+                    f'choose another '
+                    'repository, or pass force=True (--force) to replace it.'
+                )
+            for name in ('label_names', 'label_descriptions'):
+                if name not in config and there.get(name) and there.get('num_classes') == config['num_classes']:
+                    config[name] = there[name]
+        files = dict(self.files)
+        files[CONFIG] = temporary / CONFIG
+        files[CONFIG].write_bytes(encode_config(config))
+        try:
+            check_config(parse_config(encode_config(config)))
+        except HubFileError as e:
+            raise HubError(
+                f"The label names of '{self.repo_id}' cannot be kept: {e} Pass label_names of your own."
+            ) from e
+        old = self._local_card()
+        if CARD in snapshot.files:
+            path = fetch(self.api, snapshot, CARD, max_bytes=MAX_CARD_BYTES)
+            old = path.read_text(encoding='utf-8', errors='replace')
+        files[CARD] = temporary / CARD
+        text = self._card(config, old)
+        check_card(text)
+        files[CARD].write_text(text, encoding='utf-8')
+        return files
+
+    def _remote_config(self, snapshot: Snapshot) -> dict[str, Any] | None:
+        if CONFIG not in snapshot.files:
+            return None
+        try:
+            return parse_config(fetch(self.api, snapshot, CONFIG, max_bytes=MAX_CONFIG_BYTES).read_bytes())
+        except HubFileError as e:
+            if self.force:
+                return None
+            raise HubError(f"{e} Pass force=True (--force) to replace what '{self.repo_id}' holds.") from e
+
+
+def _same(remote: RemoteFile | None, path: Path) -> bool:
+    if remote is None or remote.size != path.stat().st_size:
+        return False
+    return remote.checksum == checksum(path, remote.checksum)

@@ -1,0 +1,76 @@
+"""Names of the files of a model folder, and the rules that their fields are checked by."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+CONFIG = 'config.json'
+
+
+WEIGHTS = 'model.safetensors'
+
+
+CARD = 'README.md'
+
+
+MAX_HEADER_BYTES = 25_000_000
+
+
+Check = Callable[[Any], bool]
+
+
+def integer(low: int, high: int) -> Check:
+    return lambda v: type(v) is int and low <= v <= high
+
+
+def number(low: float, high: float) -> Check:
+    return lambda v: type(v) in (int, float) and math.isfinite(v) and low <= v <= high
+
+
+def text(length: int, pattern: str = r'(?s).*') -> Check:
+    return lambda v: isinstance(v, str) and len(v) <= length and re.fullmatch(pattern, v) is not None
+
+
+def list_of(check: Check, low: int, high: int) -> Check:
+    return lambda v: isinstance(v, list) and low <= len(v) <= high and all(map(check, v))
+
+
+def one_of(*values: Any) -> Check:
+    return lambda v: any(type(v) is type(x) and v == x for x in values)
+
+
+def or_null(check: Check) -> Check:
+    return lambda v: v is None or check(v)
+
+
+def boolean(v: Any) -> bool:
+    return type(v) is bool
+
+
+def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) != len(pairs):
+        raise ValueError('a key occurs twice')
+    return found
+
+
+def no_constant(name: str) -> Any:
+    raise ValueError(f'{name} is no JSON')
+
+
+# The dtypes of safetensors that a parameter, and that a counter such as num_batches_tracked, may have.
+FLOATS = {'F64': 8, 'F32': 4, 'F16': 2, 'BF16': 2}
+
+
+INTEGERS = {'I64': 8}
+
+
+MAX_CARD_BYTES = 1 << 20
+
+_REPO_ID = re.compile(r'[A-Za-z0-9][\w.-]*/[\w.-]+')
+
+
+def check_repo_id(repo_id: str) -> str:
+    if not _REPO_ID.fullmatch(repo_id) or '--' in repo_id or '..' in repo_id or repo_id.endswith(('.git', '.', '-')):
+        raise ValueError(f"repo_id (={repo_id!r}) must be 'NAMESPACE/NAME', such as 'me/cbam_resnet50.mine'.")
+    return repo_id
