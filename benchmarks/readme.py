@@ -1,4 +1,4 @@
-"""Writes the generated parts of README.md and docs/choose.md: `python benchmarks/readme.py`.
+"""Writes the generated parts of README.md and docs/: `python benchmarks/readme.py`.
 
 Tables come from the registry, the weights table and `benchmarks/results/`; a test renders them again and compares.
 """
@@ -9,18 +9,30 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from timm_attn import list_attn
+from timm_attn import get_attn, list_attn
 from timm_attn.bench import OURS, fastest_peer, kinds
-from timm_attn.cli.list import attentions_table, markdown_table, models_table
-from timm_attn.weights import weights_table
+from timm_attn.cli.list import PLACES, markdown_table, models_table
+from timm_attn.weights import TAGS, weights_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'benchmarks/results'
 
 
+def attentions_table() -> str:
+    """The attentions in a line each: name, paper, place, and whether trained ImageNet weights can be had."""
+    trained = {t.model.partition('_')[0] for t in TAGS if t.status == 'trained'}
+    rows = []
+    for name in list_attn():
+        spec = get_attn(name)
+        rows.append(
+            (f'`{name}`', f'[{spec.title}]({spec.paper})', PLACES[spec.placement], 'yes' if name in trained else '-')
+        )
+    return markdown_table(('name', 'paper', 'place in a ResNet', 'trained weights'), rows)
+
+
 def parity_table() -> str:
     """Largest gap of each golden file, as measured."""
-    record = json.loads((RESULTS / 'parity.json').read_text())
+    record = json.loads((RESULTS / 'parity.json').read_text(encoding='utf-8'))
     kinds = ('output', 'input gradient', 'parameter gradients', 'buffers')
     rows = [
         (f'`{name}`', *(f'{gaps[kind]:.1e}' if gaps.get(kind) is not None else '-' for kind in kinds))
@@ -31,7 +43,7 @@ def parity_table() -> str:
 
 def bytes_table() -> str:
     """Bytes kept for backward, eager and fused, with the ratio to the plain model's."""
-    rows = {r['model']: r for r in json.loads((RESULTS / 'memory.json').read_text())['rows']}
+    rows = {r['model']: r for r in json.loads((RESULTS / 'memory.json').read_text(encoding='utf-8'))['rows']}
 
     def cell(name: str) -> str:
         return f'{rows[name]["kept_bytes"] / 1e6:.1f} MB ({rows[name]["kept_bytes_ratio"]:.2f})'
@@ -43,7 +55,7 @@ def bytes_table() -> str:
 @functools.cache
 def _ratios() -> dict[tuple[str, str, str], dict[str, float]]:
     """Attention, mode and type of the cells of batch 4 at 224 pixels and depth 50 -> the ratio of each kind of row."""
-    cells = json.loads((RESULTS / 'speed.json').read_text())
+    cells = json.loads((RESULTS / 'speed.json').read_text(encoding='utf-8'))
     return {
         (c['attn'], c['mode'], c['dtype']): {kind: row['ratio'] for kind, row in kinds(c).items()}
         for c in cells
@@ -65,7 +77,7 @@ def times_table() -> str:
 
 def costs_table() -> str:
     """What each attention costs a ResNet-50: time and memory beside the plain model's, eager and at its best."""
-    memory = {r['model']: r for r in json.loads((RESULTS / 'memory.json').read_text())['rows']}
+    memory = {r['model']: r for r in json.loads((RESULTS / 'memory.json').read_text(encoding='utf-8'))['rows']}
     lines = []
     for attn in list_attn():
         times = []
@@ -79,15 +91,14 @@ def costs_table() -> str:
     return markdown_table(head, lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    'attentions': attentions_table,
-    'models': models_table,
-    'weights': weights_table,
-    'parity': parity_table,
-    'bytes': bytes_table,
-    'times': times_table,
+Table = Callable[[], str]
+PAGES: dict[Path, dict[str, Table]] = {
+    ROOT / 'README.md': {'attentions': attentions_table},
+    ROOT / 'docs/models.md': {'models': models_table, 'weights': weights_table},
+    ROOT / 'docs/speed.md': {'bytes': bytes_table, 'times': times_table},
+    ROOT / 'docs/fidelity.md': {'parity': parity_table},
+    ROOT / 'docs/choose.md': {'costs': costs_table},
 }
-CHOICE: dict[str, Callable[[], str]] = {'costs': costs_table}
 
 
 def render(text: str, tables: dict[str, Callable[[], str]]) -> str:
@@ -109,8 +120,6 @@ def render(text: str, tables: dict[str, Callable[[], str]]) -> str:
     return text
 
 
-PAGES = {ROOT / 'README.md': TABLES, ROOT / 'docs/choose.md': CHOICE}
-
 if __name__ == '__main__':
     for path, tables in PAGES.items():
-        path.write_text(render(path.read_text(), tables))
+        path.write_text(render(path.read_text(encoding='utf-8'), tables), encoding='utf-8')

@@ -18,6 +18,7 @@ from PIL import Image
 
 import timm_attn
 from timm_attn import recipes
+from timm_attn.cli import recipe
 
 PAPER = ['bam_in1k', 'cbam_in1k', 'gam_in1k', 'se_in1k']
 SOURCED = [*PAPER, 'a2_in1k', 'a3_in1k', 'cifar100']
@@ -53,7 +54,7 @@ def parse(train: Any, name: str) -> argparse.Namespace:
 def parse_command(command: list[str]) -> argparse.Namespace:
     """The arguments of timm-attn's own parser."""
     parser = argparse.ArgumentParser()
-    recipes.add_parser(parser.add_subparsers(required=True))
+    recipe.add_parser(parser.add_subparsers(required=True))
     return parser.parse_args(command)
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_attn.lab import compare, quickstart
+from timm_attn.cli import compare as compare_command
+from timm_attn.cli import quickstart as quickstart_command
 from timm_attn.lab.data import Data, Images
 from timm_attn.lab.train import Entry, Settings
 
@@ -69,8 +70,8 @@ def cli() -> Callable[..., None]:
     def run(*words: str | Path) -> None:
         parser = argparse.ArgumentParser()
         commands = parser.add_subparsers(required=True)
-        compare.add_parser(commands)
-        quickstart.add_parser(commands)
+        compare_command.add_parser(commands)
+        quickstart_command.add_parser(commands)
         args = parser.parse_args([str(w) for w in words])
         args.run(args)
 
