@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import timm_attn
-from timm_attn.layers._base import Attention
+from timm_attn.layers import Attention
 
 RESULTS = Path(__file__).parent / 'results'
 INPUTS = ((1, 64, 64), (3, 224, 224), (2, 64, 128), (2, 160, 72), (1, 97, 131))

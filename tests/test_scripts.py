@@ -98,7 +98,7 @@ def run(arguments: list[str], cwd: Path, env: dict[str, str]) -> str:
 
 def summary(folder: Path) -> list[dict[str, str]]:
     """The rows of summary.csv, which train.py writes one of per epoch."""
-    with open(folder / 'summary.csv', newline='') as file:
+    with open(folder / 'summary.csv', encoding='utf-8', newline='') as file:
         return list(csv.DictReader(file))
 
 
@@ -185,7 +185,7 @@ def test_train_script_alone_with_device_modules(images: Path, tmp_path: Path, en
     options += ['--results-dir', 'results', '--results-format', 'csv', '--topk', '1', '--include-index']
     run(['-m', 'timm_attn', script('inference.py'), *options], tmp_path, environment)
     (path,) = (tmp_path / 'results').glob('*.csv')
-    with open(path, newline='') as file:
+    with open(path, encoding='utf-8', newline='') as file:
         rows = list(csv.DictReader(file))
 
     model.load_state_dict(trained)
@@ -250,7 +250,7 @@ def test_two_processes_resume_after_one_was_killed(images: Path, tmp_path: Path,
     options += ['--img-size', str(SIZE), '-b', '4', '-j', '0', '--device', 'cpu', '--amp', '--amp-dtype', 'bfloat16']
     options += ['--results-file', 'result.csv']
     run(['-m', 'timm_attn', script('validate.py'), *options], tmp_path, environment)
-    with open(tmp_path / 'result.csv', newline='') as file:
+    with open(tmp_path / 'result.csv', encoding='utf-8', newline='') as file:
         (result,) = csv.DictReader(file)
     assert float(result['top1']) == pytest.approx(float(row['eval_top1']), abs=0.01)
 
@@ -260,7 +260,7 @@ def test_benchmark_script_finds_models_by_wildcard(tmp_path: Path, environment: 
     # Fewer than 5 iterations make it divide by zero.
     options += ['-b', '2', '--num-warm-iter', '1', '--num-bench-iter', '5', '--results-file', 'result.csv']
     run(['-m', 'timm_attn', script('benchmark.py'), *options], tmp_path, environment)
-    with open(tmp_path / 'result.csv', newline='') as file:
+    with open(tmp_path / 'result.csv', encoding='utf-8', newline='') as file:
         (result,) = csv.DictReader(file)
     assert result['model'] == 'simple_cnn_cbam' and float(result['infer_samples_per_sec']) > 0
 

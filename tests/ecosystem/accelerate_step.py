@@ -50,7 +50,8 @@ def main(result: str) -> None:
                     'wrapper': type(model).__name__,
                     'sites': len(maps),
                 }
-            )
+            ),
+            encoding='utf-8',
         )
     accelerator.end_training()
 

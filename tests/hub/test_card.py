@@ -50,7 +50,7 @@ def metadata(text: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    'name, params, macs, activations',
+    ('name', 'params', 'macs', 'activations'),
     [
         # Parameters and activations of timm's own tables (benchmark-infer-*.csv); MACs of attention.md, convention A.
         ('resnet18', 11.69, 1.814, 2.48),
@@ -127,7 +127,7 @@ def test_accuracy_is_stated_only_with_a_record() -> None:
 
 
 @pytest.mark.parametrize(
-    'status, words',
+    ('status', 'words'),
     [
         ('trained', 'as the section on training says'),
         ('converted', 'The numbers are those of somewhere'),
@@ -263,7 +263,7 @@ def test_a_section_given_twice_is_left_once() -> None:
 
 
 @pytest.mark.parametrize(
-    'text, words',
+    ('text', 'words'),
     [
         ('no metadata', 'must start with a YAML block'),
         ('---\n[1, 2]\n---\n', 'cannot be read|must start'),
@@ -283,7 +283,7 @@ def test_metadata_the_hub_would_refuse_is_found_here(text: str, words: str) -> N
 
 
 @pytest.mark.parametrize(
-    'record, words',
+    ('record', 'words'),
     [
         ({'metrics': {'top1': 1}}, "needs 'dataset'"),
         ({'dataset': 'x'}, "'metrics'"),

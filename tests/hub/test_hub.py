@@ -246,7 +246,7 @@ def test_shared_weights_are_written_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    'status, kwargs',
+    ('status', 'kwargs'),
     [
         ('random', {}),
         ('trained', {'training': {'epochs': 1}}),

@@ -974,7 +974,7 @@ BEFORE = switches()
 
 def test_the_client_in_this_process_is_pointed_at_the_server(hub_client: Client):
     hub = hub_client.hub
-    assert constants.HF_HUB_CACHE == str(hub_client.cache)
+    assert str(hub_client.cache) == constants.HF_HUB_CACHE
     uses: dict[str, Callable[[], object]] = {
         'bound function': lambda: model_info('me/x'),
         'HfApi': lambda: HfApi().model_info('me/x'),

@@ -73,9 +73,7 @@ def _randomise(state_dict: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
             found[key] = torch.tensor(0)
             continue
         s = 2 * torch.rand(shape, generator=generator) - 1
-        if key.endswith('running_var'):
-            s = 1 + 0.25 * s
-        elif key.endswith('weight') and len(shape) == 1:
+        if key.endswith('running_var') or (key.endswith('weight') and len(shape) == 1):
             s = 1 + 0.25 * s
         elif len(shape) >= 2 and not key.endswith('cfc'):
             s = s * math.sqrt(3 / math.prod(shape[1:]))

@@ -76,7 +76,7 @@ def test_a_released_net_gives_its_authors_logits_and_stage_statistics(
 ) -> None:
     state_dict = filled(name)
     with safe_open(golden / f'{name}.safetensors', 'pt') as file:
-        expected = {k: file.get_tensor(k) for k in file.keys()}
+        expected = {k: file.get_tensor(k) for k in file}
         meta = json.loads(file.metadata()['meta'])
     assert _state_hash(state_dict) == meta['state_sha256']
 

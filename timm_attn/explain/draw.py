@@ -137,7 +137,7 @@ def draw_summary(s: Summary) -> 'Figure':
     """
     bars = [(f'{site} {kind}', h) for site, kinds in s.health.items() for kind, h in kinds.items()]
     classes = _most_common(s.classes, 20)
-    stages = _evenly([n for n in stage_sites(s.vectors).values()], 4)
+    stages = _evenly(list(stage_sites(s.vectors).values()), 4)
     heights = [1.6 + 0.24 * len(bars), 1.6 + 0.24 * max(len(classes), 3)]
     figure = _figure(14, sum(heights) + 0.8 + 0.3 * len(s.notes))
     figure.suptitle(short(s.title, 110), fontsize=13)
@@ -230,7 +230,7 @@ def _bars(axes: 'Axes', gate: Tensor, image: np.ndarray) -> None:
     ranked = gate[order].numpy()
     axes.fill_between(np.arange(len(ranked) + 1), np.append(ranked, ranked[-1]), step='post', color=BLUE, lw=0)
     axes.set_xlim(0, len(ranked))
-    if 0 <= ranked[-1] and ranked[0] <= 1:
+    if ranked[-1] >= 0 and ranked[0] <= 1:
         axes.set_ylim(0, 1.02)
         for level in (LOW, HIGH):
             axes.axhline(level, color=GREY, lw=0.8, ls='--')

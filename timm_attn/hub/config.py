@@ -291,7 +291,7 @@ def layer_names(model: Any) -> dict[str, str]:
         model: The model.
     """
     head = model.get_classifier()
-    names = {name: m for name, m in model.named_modules()}
+    names = dict(model.named_modules())
     convs = [name for name, m in names.items() if isinstance(m, nn.Conv2d)]
     return {
         'first_conv': convs[0],

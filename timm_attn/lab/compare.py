@@ -241,9 +241,8 @@ def _claim(out: Path, plain: dict[str, Any]) -> None:
         there = {m['label']: m for m in held['models']}
         if held['models'][0] != plain['models'][0]:
             different.append(f'first model: {held["models"][0]["label"]} there, {plain["models"][0]["label"]} now')
-        for m in plain['models']:
-            if there.get(m['label'], m) != m:
-                different.append(f'model {m["label"]}: other name or arguments')
+        changed = [m['label'] for m in plain['models'] if there.get(m['label'], m) != m]
+        different += [f'model {label}: other name or arguments' for label in changed]
         if different:
             raise ValueError(
                 f"'{out}' holds another comparison ({'; '.join(different)}): "
@@ -276,7 +275,7 @@ def _load_comparison(out: Path) -> dict[str, Any]:
 
 def _load_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding='utf-8'))
     except ValueError as e:
         raise ValueError(f"'{path}' is no JSON ({e}): remove it, and the run is done again.") from e
 

@@ -310,7 +310,7 @@ def run_with(start: StartClient) -> RunClient:
         stdout, stderr = process.communicate(timeout=timeout)
         assert isinstance(process.args, list)
         found = Path(str(process.args[-1]))
-        value = json.loads(found.read_text()) if found.exists() else None
+        value = json.loads(found.read_text(encoding='utf-8')) if found.exists() else None
         if check and process.returncode:
             pytest.fail(f'The client ended with {process.returncode}:\n{stdout}\n{stderr}')
         return Finished(process.returncode, stdout, stderr, value)

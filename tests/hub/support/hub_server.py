@@ -18,6 +18,7 @@ The answers follow what `huggingface_hub` 2.4 reads: status, `X-Error-Code`, `X-
 """
 
 import base64
+import contextlib
 import binascii
 import fnmatch
 import hashlib
@@ -320,10 +321,8 @@ class _Listener(ThreadingHTTPServer):
         with self._lock:
             threads = list(self._threads_of)
             for connection in self._sockets:
-                try:
+                with contextlib.suppress(OSError):  # The client was faster.
                     connection.shutdown(socket.SHUT_RDWR)
-                except OSError:  # The client was faster.
-                    pass
         for thread in threads:
             if thread is not threading.current_thread():
                 thread.join(timeout=10)
@@ -592,9 +591,11 @@ def check_card(text: str) -> tuple[list[str], list[str]]:
         found = data['license'] if isinstance(data['license'], list) else [data['license']]
         if any(license not in LICENSES for license in found):
             errors.append(f'"license" must be one of [{", ".join(sorted(LICENSES))}]')
-    for key in ('license_name', 'license_link', 'library_name', 'pipeline_tag', 'thumbnail', 'new_version'):
-        if key in data and not isinstance(data[key], str):
-            errors.append(f'"{key}" must be a string')
+    errors.extend(
+        f'"{key}" must be a string'
+        for key in ('license_name', 'license_link', 'library_name', 'pipeline_tag', 'thumbnail', 'new_version')
+        if key in data and not isinstance(data[key], str)
+    )
     if 'base_model_relation' in data and data['base_model_relation'] not in _RELATIONS:
         errors.append(f'"base_model_relation" must be one of [{", ".join(_RELATIONS)}]')
     if 'widget' in data and not isinstance(data['widget'], list):
@@ -1437,9 +1438,9 @@ def _commit(hub: HubServer, request: Request, at: dict[str, str]) -> Reply:
     header = lines[0]['value']
     with hub.lock:
         head = hub.revision(repo, at['rev'])
-        if own_pr and at['repo'].split('/')[0] not in user.namespaces:
-            if repo.discussions[int(own_pr[1])].author != user.name:
-                raise HubError(403, 'Forbidden: this pull request belongs to another user')
+        foreign = at['repo'].split('/')[0] not in user.namespaces
+        if own_pr and foreign and repo.discussions[int(own_pr[1])].author != user.name:
+            raise HubError(403, 'Forbidden: this pull request belongs to another user')
         parent = header.get('parentCommit')
         if create_pr and parent:
             head = hub.revision(repo, parent)
