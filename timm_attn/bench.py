@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from .fusion._blocks import fuse
+from .fusion import fuse
 from .measure import clock
 
 MODES = ('inference', 'train')

@@ -8,16 +8,15 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import timm
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from .fusion._compile import Kernel
+from .fusion.compile import observe_kernels
 from .version import package_version
 
 
@@ -145,15 +144,7 @@ def traffic_bytes(model: nn.Module, x: Tensor) -> int:
         x: Its input.
     """
     traffic = _Traffic()
-
-    def call(kernel: Kernel, compiled: bool, *args: Any) -> Any:
-        with _disable_current_modes():
-            out = uncounted(kernel, compiled, *args)
-        traffic.count((args, out))
-        return out
-
-    uncounted = Kernel.__call__
-    with mock.patch.object(Kernel, '__call__', call), traffic:
+    with observe_kernels(lambda _, args, results: traffic.count((args, results))), traffic:
         model(x).float().sum().backward()
     model.zero_grad()
     return traffic.bytes

@@ -5,6 +5,6 @@ attention, which plain autograd keeps too, although all of them follow from the 
 over memory. A fused block keeps the outputs of its convolutions and its own output, and recomputes the rest.
 """
 
-from ._blocks import fuse as fuse
+from .blocks import fuse as fuse
 
 __all__ = ['fuse']

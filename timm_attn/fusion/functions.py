@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv1d, pad
 
-from . import _kernels as kernels
+from . import kernels
 
 _aten = torch.ops.aten
 

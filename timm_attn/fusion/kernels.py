@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._compile import kernel, overwriting
+from .compile import kernel, overwriting
 
 
 def _up(y: Tensor) -> Tensor:

@@ -5,14 +5,16 @@ microseconds; between two convolutions, which empty the caches, it takes a milli
 of a ResNet. So a kernel is compiled once for each kind of arguments, and then inductor's own callable is called.
 """
 
+import contextlib
 import functools
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 Arguments = list[Any]
 
@@ -38,6 +40,15 @@ class Kernel:
             compiled: Compile the function, or take the compiled one.
             *args: Its arguments.
         """
+        if not _observers:
+            return self._results(compiled, args)
+        with _disable_current_modes():
+            results = self._results(compiled, args)
+        for observer in _observers:
+            observer(self, args, results)
+        return results
+
+    def _results(self, compiled: bool, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if not compiled:
             results = self.function(*args)
             return (args[0], *results) if self.overwrites else results
@@ -71,6 +82,24 @@ class Kernel:
 
     def _uncompiled(self, args: Arguments) -> Sequence[Any]:
         return self.function(*args)
+
+
+Observer = Callable[[Kernel, tuple[Any, ...], tuple[Any, ...]], None]
+_observers: list[Observer] = []
+
+
+@contextlib.contextmanager
+def observe_kernels(observer: Observer) -> Iterator[None]:
+    """Calls `observer` after each call of a kernel, which is one operation meanwhile: no dispatch mode sees inside.
+
+    Args:
+        observer: Takes the kernel, its arguments and its results.
+    """
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.remove(observer)
 
 
 def kernel(function: Callable[..., tuple[Any, ...]]) -> Kernel:

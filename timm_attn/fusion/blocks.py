@@ -13,10 +13,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..layers import BAM, CBAM, Attention, SelectiveKernel, TripletAttention
 from ..models.sk_resnet import SKBottleneck
-from . import _kernels as kernels
-from ._compile import compiler_works
-from ._functions import gate_conv, gated_pooled_sum, gated_sum, norm, norm_act_conv, raise_by
-from ._replay import attended_sum, select_conv
+from . import kernels
+from .compile import compiler_works
+from .functions import gate_conv, gated_pooled_sum, gated_sum, norm, norm_act_conv, raise_by
+from .replay import attended_sum, select_conv
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -18,11 +18,9 @@ from torch import Tensor, nn
 
 import timm_attn
 from timm_attn.explain.gates import attention_maps
-from timm_attn.fusion import _blocks as blocks
-from timm_attn.fusion import _kernels as kernels
-from timm_attn.fusion import fuse
-from timm_attn.fusion._compile import Kernel, compiler_works, kernel
-from timm_attn.fusion._functions import gate_conv
+from timm_attn.fusion import blocks, fuse, kernels
+from timm_attn.fusion.compile import Kernel, compiler_works, kernel
+from timm_attn.fusion.functions import gate_conv
 from timm_attn.layers import SqueezeExcite, TripletAttention
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -181,7 +179,7 @@ def test_compiled_model_is_equal_in_float32_and_close_in_bfloat16(compiler: None
 def test_autocast_and_channels_last_are_as_exact_as_eager(name: str, layout: torch.memory_format) -> None:
     eager = build(name, torch.float32).to(memory_format=layout)  # pyright: ignore[reportCallIssue]
     fused = fuse(copy.deepcopy(eager), compile=False)
-    x = images(torch.float32).to(memory_format=layout)
+    x = images(torch.float32, n=8).to(memory_format=layout)
     exact = step(copy.deepcopy(eager), x)
     with torch.autocast('cpu', torch.bfloat16):
         ours, theirs = step(fused, x), step(eager, x)

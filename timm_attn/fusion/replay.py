@@ -10,8 +10,8 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from ..layers import SelectiveKernel
-from . import _kernels as kernels
-from ._functions import conv_params, convolve, convolve_backward, factors
+from . import kernels
+from .functions import conv_params, convolve, convolve_backward, factors
 
 
 class _Replay:
