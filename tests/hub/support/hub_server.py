@@ -18,8 +18,8 @@ The answers follow what `huggingface_hub` 2.4 reads: status, `X-Error-Code`, `X-
 """
 
 import base64
-import contextlib
 import binascii
+import contextlib
 import fnmatch
 import hashlib
 import itertools
