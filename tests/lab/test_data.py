@@ -1,4 +1,7 @@
+import gzip
+import os
 import pickle
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -120,15 +123,20 @@ def test_image_folder_is_split_by_class(image_folder: Folder) -> None:
     assert data.train.image(0).mode == 'RGB'
 
 
-def test_image_folder_with_splits_keeps_them_and_class_numbers_of_train(image_folder: Folder) -> None:
+def test_image_folder_with_splits_keeps_them_and_class_numbers_of_train(image_folder: Folder, tmp_path: Path) -> None:
     image_folder('pets/train', {'ape': 2, 'bee': 3, 'cat': 4})
     image_folder('pets/val', {'bee': 2, 'cat': 1})  # A class may be absent where one measures.
     data = load_data(str(image_folder('other', {'x': 1}).parent / 'pets'))
     assert data.classes == ['ape', 'bee', 'cat']
     assert (Counter(data.train.targets), Counter(data.val.targets)) == ({0: 2, 1: 3, 2: 4}, {1: 2, 2: 1})
+    assert data.measured == 'val'
     image_folder('pets/validation', {'bee': 1, 'dog': 1})
-    with pytest.raises(ValueError, match=r'classes that .*train.* has not: dog'):
-        load_data(str(Path(data.train.items[0]).parents[2]))  # type: ignore[arg-type]
+    root = tmp_path / 'pets'
+    with pytest.raises(ValueError, match="has 'val' and 'validation', which mean the same: rename or remove one"):
+        load_data(root)
+    shutil.rmtree(root / 'val')
+    with pytest.raises(ValueError, match=r"pets/validation' has classes that the training images have not: dog"):
+        load_data(root)
 
 
 def test_folder_errors_hold_the_path(image_folder: Folder, tmp_path: Path) -> None:
@@ -142,7 +150,7 @@ def test_folder_errors_hold_the_path(image_folder: Folder, tmp_path: Path) -> No
     with pytest.raises(ValueError, match=rf"'{single}' \(cat, dog\): Class 1 has one image only"):
         load_data(str(single))
     (image_folder('notest/train', {'cat': 3, 'dog': 3})).parent.joinpath('extra').mkdir()
-    with pytest.raises(ValueError, match="has a 'train' folder, but none of validation, val, test"):
+    with pytest.raises(ValueError, match="has a 'train' folder, but none of val, valid, validation, dev, test"):
         load_data(str(tmp_path / 'notest'))
     loose = image_folder('loose', {'cat': 3, 'dog': 3})
     Image.new('RGB', (4, 4)).save(loose / 'stray.png')
@@ -163,6 +171,182 @@ def test_unreadable_images_are_named_and_never_skipped(image_folder: Folder) -> 
     index, images = next((i, s) for s in (data.train, data.val) for i, p in enumerate(s.items) if p == bad)
     with pytest.raises(ValueError, match=rf"'{bad}' is no readable image"):
         images[index]
+
+
+@pytest.mark.parametrize(
+    ('folders', 'measured', 'left_out'),
+    [
+        ('train valid test', 'valid', 'test'),
+        ('Train Val', 'Val', None),
+        ('TRAIN DEV', 'DEV', None),
+        ('Training Testing', 'Testing', None),
+        ('train test validation', 'validation', 'test'),
+    ],
+)
+def test_splits_are_known_by_their_usual_names_in_any_case(
+    image_folder: Folder, tmp_path: Path, folders: str, measured: str, left_out: str | None
+) -> None:
+    counts = {'train': (6, 4), 'val': (3, 2), 'test': (1, 2)}
+    for name in folders.split():
+        kind = {'train': 'train', 'test': 'test'}.get(name.lower().removesuffix('ing'), 'val')
+        cats, dogs = counts[kind]
+        image_folder(f'pets/{name}', {'cat': cats, 'dog': dogs})
+    data = load_data(tmp_path / 'pets')
+    held = counts['test' if measured == 'Testing' else 'val']
+    assert (data.measured, data.classes) == (measured, ['cat', 'dog'])
+    assert Counter(data.train.targets) == {0: 6, 1: 4}
+    assert Counter(data.val.targets) == {0: held[0], 1: held[1]}
+    assert data.skipped == ({f"image in '{left_out}', which is not measured on": 3} if left_out else {})
+
+
+def test_a_root_of_splits_without_train_is_refused(image_folder: Folder, tmp_path: Path) -> None:
+    image_folder('pets/val', {'cat': 3, 'dog': 3})
+    image_folder('pets/test', {'cat': 3, 'dog': 3})
+    with pytest.raises(ValueError, match="has 'test', 'val', but no 'train' folder"):
+        load_data(tmp_path / 'pets')
+
+
+def test_splits_by_hand(image_folder: Folder) -> None:
+    train, held = image_folder('a', {'cat': 4, 'dog': 4}), image_folder('b', {'cat': 2, 'dog': 1})
+    more = image_folder('c', {'cat': 1, 'dog': 1})
+    data = load_data(train, val_dir=held)
+    assert (len(data.train), len(data.val), data.measured) == (8, 3, str(held))
+    assert load_data(train, test_dir=more).measured == str(more)
+    both = load_data(train, val_dir=held, test_dir=more)
+    assert both.measured == str(held) and both.skipped == {"image in 'c', which is not measured on": 2}
+    with pytest.raises(ValueError, match="'digits' has splits of its own"):
+        load_data('digits', val_dir=held)
+    with pytest.raises(ValueError, match="nowhere' is no folder"):
+        load_data(train, val_dir=train / 'nowhere')
+
+
+def test_the_class_is_the_first_folder_below_the_root(tmp_path: Path) -> None:
+    for name in ('cat/2020', 'cat/2021', 'dog/2020', 'dog/2021/deep'):
+        folder = tmp_path / 'pets' / name
+        folder.mkdir(parents=True)
+        for i in range(4):
+            Image.new('L', (8, 8), i).save(folder / f'{i}.png')
+    data = load_data(tmp_path / 'pets')
+    assert data.classes == ['cat', 'dog']
+    assert len(data.train) + len(data.val) == 16
+    assert all(p.relative_to(tmp_path / 'pets').parts[0] == data.classes[t] for p, t in labelled(data))
+
+
+def labelled(data: Data) -> list[tuple[Path, int]]:
+    """Path and class of all images of a folder."""
+    pairs = [pair for s in (data.train, data.val) for pair in zip(s.items, s.targets, strict=True)]
+    return [(p, t) for p, t in pairs if isinstance(p, Path)]
+
+
+def test_hidden_entries_are_no_classes_and_other_files_are_counted(
+    image_folder: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = image_folder('pets', {'cat': 6, 'dog': 6})
+    shutil.copytree(root / 'cat', root / 'cat/.ipynb_checkpoints')
+    shutil.copytree(root, root / '__MACOSX', ignore=shutil.ignore_patterns('__MACOSX'))
+    (root / 'dog/._0.png').write_bytes(b'resource fork')
+    (root / 'dog/.DS_Store').write_bytes(b'x')
+    (root / 'dog/notes.TXT').write_text('x')
+    (root / 'README').write_text('x')
+    for ending in ('webp', 'bmp', 'TIFF', 'gif', 'jfif', 'jpe', 'ppm', 'jp2', 'tga'):
+        Image.new('RGB', (8, 8)).save(root / f'cat/other.{ending}')
+    with caplog.at_level('INFO', logger='timm_attn'):
+        data = load_data(root)
+    assert data.classes == ['cat', 'dog']
+    assert len(data.train) + len(data.val) == 12 + 9
+    assert data.skipped == {
+        'hidden (.*, __MACOSX)': 4,
+        'no image by its ending (.txt)': 1,
+        'no image by its ending (none)': 1,
+    }
+    assert 'measured on 4: a fifth of each class, drawn once. Left out: 4 x hidden' in caplog.text
+
+
+def test_links_pipes_and_devices_are_neither_followed_out_nor_waited_for(image_folder: Folder) -> None:
+    outside = image_folder('outside', {'eel': 3})
+    root = image_folder('pets', {'cat': 6, 'dog': 6})
+    alone = load_data(root)
+    (root / 'cat/loop').symlink_to('.')
+    (root / 'cat/up').symlink_to(root)
+    (root / 'dog/copy.png').symlink_to('../cat/0.png')  # The same picture in another class.
+    (root / 'eel').symlink_to(outside / 'eel')
+    (root / 'cat/away.png').symlink_to(outside / 'eel/0.png')
+    (root / 'cat/broken.png').symlink_to('nothing.png')
+    os.mkfifo(root / 'cat/pipe.png')
+    (root / 'dog/zero.png').symlink_to('/dev/zero')
+    data = load_data(root)
+    assert data.train.items == alone.train.items and data.val.items == alone.val.items
+    assert data.skipped == {
+        'link that leads out of the folder': 3,
+        'link to nothing': 1,
+        'link to what is there already': 3,
+        'pipe, device or socket': 1,
+    }
+    # A store inside the folder, as version control of data keeps it, is read through its links.
+    store = root / '.store'
+    store.mkdir()
+    Image.new('L', (8, 8)).save(store / 'abc.png')
+    (root / 'dog/linked.png').symlink_to('../.store/abc.png')
+    assert (root / 'dog/linked.png') in [p for p, _ in labelled(load_data(root))]
+
+
+def test_a_link_from_one_split_into_the_other_leaks_nothing(image_folder: Folder, tmp_path: Path) -> None:
+    image_folder('pets/train', {'cat': 3, 'dog': 3})
+    image_folder('pets/val', {'cat': 2, 'dog': 2})
+    (tmp_path / 'pets/val/cat/seen.png').symlink_to('../../train/cat/0.png')
+    (tmp_path / 'pets/train/cat/seen.png').symlink_to('../../val/cat/0.png')
+    data = load_data(tmp_path / 'pets')
+    assert (len(data.train), len(data.val)) == (6, 4)
+    assert data.skipped == {'link to what is there already': 2}
+
+
+def test_an_empty_class_folder_is_refused(image_folder: Folder) -> None:
+    root = image_folder('pets', {'cat': 3, 'dog': 3})
+    (root / 'fox').mkdir()
+    with pytest.raises(ValueError, match='has folders without an image that is read: fox: remove or fill them'):
+        load_data(root)
+
+
+def test_debian_packs_fashion_mnist_by_gzip(
+    fashion_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = fashion_files / 'FashionMNIST/raw'
+    packed = tmp_path / 'packed'
+    packed.mkdir()
+    for path in raw.iterdir():
+        (packed / f'{path.name}.gz').write_bytes(gzip.compress(path.read_bytes()))
+    whole = load_data('fashion-mnist', data_dir=fashion_files)
+    assert load_data('fashion-mnist', data_dir=packed).fingerprint() == whole.fingerprint()
+    monkeypatch.setattr('timm_attn.lab.data._DEBIAN', packed)
+    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+    assert load_data('fashion-mnist').fingerprint() == whole.fingerprint()
+    (packed / 't10k-labels-idx1-ubyte.gz').unlink()
+    with pytest.raises(ValueError, match=r'lacks the file t10k-labels-idx\*-ubyte'):
+        load_data('fashion-mnist')
+
+
+@pytest.mark.parametrize('change', [lambda b: b[:-1], lambda b: b + b'x', lambda b: b'', lambda b: b'\0\0\x0d' + b[3:]])
+def test_damaged_idx_files_are_refused(fashion_files: Path, change: Callable[[bytes], bytes]) -> None:
+    path = fashion_files / 'FashionMNIST/raw/train-images-idx3-ubyte'
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"'{path}' is no whole IDX file of bytes"):
+        load_data('fashion-mnist', data_dir=fashion_files)
+
+
+def test_damaged_gzip_and_labels_beyond_ten_are_refused(fashion_files: Path) -> None:
+    path = fashion_files / 'FashionMNIST/raw/train-labels-idx1-ubyte'
+    whole = path.read_bytes()
+    path.write_bytes(gzip.compress(whole)[:-9])
+    with pytest.raises(ValueError, match=rf"'{path}' cannot be read"):
+        load_data('fashion-mnist', data_dir=fashion_files)
+    path.write_bytes(whole[:-1] + b'\x0a')
+    with pytest.raises(ValueError, match='a label of train is 10, and Fashion-MNIST has classes 0 to 9'):
+        load_data('fashion-mnist', data_dir=fashion_files)
+
+
+def test_unknown_data_offers_the_near_name() -> None:
+    with pytest.raises(ValueError, match=r"'fashon-mnist' \(did you mean fashion-mnist\?\)"):
+        load_data('fashon-mnist')
 
 
 def test_reduced_data_keep_all_classes(tiny_data: Data) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from timm.utils import ParseKwargs
 
+from ..images import skipped_line
 from ..lab import tables
 from ..lab.compare import compare, write_report
 from ..lab.comparison import Comparison
@@ -39,6 +40,8 @@ def add_parser(commands: 'argparse._SubParsersAction[argparse.ArgumentParser]') 
     p.add_argument('--pretrained', action='store_true', help="start from each model's pretrained weights")
     p.add_argument('--data', help=f'{", ".join(DATA)}, or a folder of images')
     p.add_argument('--data-dir', help='where the named data sets lie (default: ~/.cache/timm_attn/data)')
+    p.add_argument('--val-dir', help='folder of the images to measure on, where DATA holds no split of that kind')
+    p.add_argument('--test-dir', help='the same, measured on where there is no --val-dir')
     p.add_argument('--download', action='store_true', help='fetch a named data set that is not there')
     p.add_argument('--out', required=True, help='folder of the results')
     p.add_argument('--seeds', type=int, help='how many (default: 3)')
@@ -125,7 +128,10 @@ def from_arguments(args: argparse.Namespace) -> Comparison:
     name = args.data or (preset.data if preset else None)
     if not name:
         raise ValueError(f'Name the data by --data: {", ".join(DATA)}, or a folder of images.')
-    data = load_data(name, data_dir=args.data_dir, download=args.download)
+    data = load_data(name, data_dir=args.data_dir, download=args.download, val_dir=args.val_dir, test_dir=args.test_dir)
+    # What is left out is said before hours are spent, whatever the logging is set to.
+    for line in filter(None, [f'Measured on {len(data.val)} images: {data.measured}.', skipped_line(data.skipped)]):
+        _say(line)
     chosen: dict[str, Any] = _DEFAULTS | dict(img_size=data.img_size) | (preset.settings if preset else {})
     if args.pretrained and not preset:
         chosen['lr'] = 0.01  # Trained weights are to be kept, not overrun.

@@ -48,6 +48,8 @@ class Comparison:
                 train=len(data.train),
                 val=len(data.val),
                 classes=len(data.classes),
+                measured=data.measured,
+                skipped=data.skipped,
                 augment=data.augment,
                 fingerprint=data.fingerprint(),
             ),

@@ -4,22 +4,65 @@ Whatever the source, a `Data` holds two `Images` that timm's `create_loader` tak
 prefetching are timm's.
 """
 
+import difflib
+import gzip
 import hashlib
-from collections.abc import Callable, Sequence
+import logging
+import math
+import random
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.utils.data
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.data.readers.reader_image_folder import find_images_and_targets
 
+from ..images import check_image, class_of, endings, find_images, hidden, natural, open_image, skipped_line
 from ..optional import require
 
+_logger = logging.getLogger(__name__)
+
 DATA = ('digits', 'fashion-mnist', 'cifar10', 'cifar100')
-_EVAL_FOLDERS = ('validation', 'val', 'test')  # The first that exists is the evaluation split of an image folder.
+_DEBIAN = Path('/usr/share/datasets/fashion-mnist')  # Where the package dataset-fashion-mnist puts its files.
+_FASHION = 'T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot'.split(',')
+_HELD = ('val', 'valid', 'validation', 'dev', 'test')
+_SPLITS = {'train': 'train', 'training': 'train', 'test': 'test', 'testing': 'test'} | dict.fromkeys(_HELD[:-1], 'val')
+
+
+def stream_seed(*of: object) -> int:
+    """A seed that is a function of what names it, such as seed, epoch and the index of an image."""
+    return int.from_bytes(hashlib.sha256('/'.join(map(str, of)).encode()).digest()[:4], 'big')
+
+
+@contextmanager
+def randomness_of(*of: object) -> Iterator[None]:
+    """Random numbers that are a function of `of` inside the block; outside they go on as if none had been drawn."""
+    before = rng_state()
+    seed = stream_seed(*of)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach for the GPU's numbers too.
+    np.random.seed(seed)
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        set_rng_state(before)
+
+
+def rng_state() -> tuple[Any, ...]:
+    """The random numbers of torch on the CPU, NumPy and Python."""
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()
+
+
+def set_rng_state(state: tuple[Any, ...]) -> None:
+    """Goes back to a state that `rng_state` gave."""
+    torch.set_rng_state(state[0])
+    np.random.set_state(state[1])
+    random.setstate(state[2])
 
 
 class Images(torch.utils.data.Dataset):
@@ -36,28 +79,30 @@ class Images(torch.utils.data.Dataset):
         self.targets = [int(t) for t in targets]
         self.mode = mode
         self.transform: Callable[[Image.Image], Any] | None = None  # Set by timm's create_loader.
+        self.stream: tuple[int, int] | None = None  # Seed and epoch, set by a run before it draws.
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         image = self.image(index)
-        return (image if self.transform is None else self.transform(image)), self.targets[index]
+        if self.transform is None:
+            return image, self.targets[index]
+        if self.stream is None:
+            return self.transform(image), self.targets[index]
+        # Whoever decodes this image, and after which others: its augmentation is the same.
+        with randomness_of(*self.stream, index):
+            return self.transform(image), self.targets[index]
 
     def image(self, index: int) -> Image.Image:
-        """Decodes one image.
+        """Decodes one image, upright and in eight bits.
 
         Raises:
             ValueError: The file is no readable image; the message holds its path.
         """
         item = self.items[index]
-        if isinstance(item, np.ndarray):
-            return Image.fromarray(item).convert(self.mode)
-        try:
-            with Image.open(item) as image:
-                return image.convert(self.mode)
-        except (OSError, SyntaxError) as e:
-            raise ValueError(f"'{item}' is no readable image ({e}): repair or remove it.") from e
+        image = Image.fromarray(item) if isinstance(item, np.ndarray) else open_image(item)
+        return image.convert(self.mode)
 
     def first(self, count: int) -> 'Images':
         """The first `count` images, in turn from each class so that all classes stay."""
@@ -83,6 +128,8 @@ class Data:
         mean: Per channel, in [0, 1].
         std: Per channel, in [0, 1].
         augment: Keyword arguments of timm's `create_loader` for the training images.
+        measured: Which images `val` holds, for people: a folder's name, or how it was drawn.
+        skipped: Files that are left out, counted by reason.
     """
 
     name: str
@@ -93,6 +140,8 @@ class Data:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: dict[str, Any] = field(default_factory=dict)
+    measured: str = 'held out'
+    skipped: dict[str, int] = field(default_factory=dict)
 
     @property
     def in_chans(self) -> int:
@@ -116,29 +165,57 @@ class Data:
         return digest.hexdigest()[:16]
 
 
-def load_data(name: str, *, data_dir: str | Path | None = None, download: bool = False) -> Data:
+def load_data(
+    name: str | Path,
+    *,
+    data_dir: str | Path | None = None,
+    download: bool = False,
+    val_dir: str | Path | None = None,
+    test_dir: str | Path | None = None,
+) -> Data:
     """Loads a data set by name, or a folder of images.
 
+    In a folder of images, the class is the first folder below the root or below the split. Splits are folders named
+    train, one of val, valid, validation and dev, and test, in any case; measured on is val, and test where there is no
+    val. Without splits a fifth of each class is kept for measuring.
+
     Args:
-        name: 'digits' (inside scikit-learn), 'fashion-mnist', 'cifar10', 'cifar100', or the path of a folder with
-            `train` and `validation` (or `val`, `test`) folders or directly with one folder per class, of which a
-            fifth is then kept for measuring.
-        data_dir: Where torchvision's data sets lie or go.
+        name: 'digits' (inside scikit-learn), 'fashion-mnist', 'cifar10', 'cifar100', or the path of a folder.
+        data_dir: Where the named data sets lie or go.
         download: Fetch what is missing.
+        val_dir: Folder of the images to measure on, for a folder of images.
+        test_dir: The same, measured on where there is no `val_dir`.
 
     Raises:
         ValueError: The name is unknown, the files are absent, or the folder holds no two classes of readable images.
     """
+    if (val_dir or test_dir) and name in DATA:
+        raise ValueError(f"'{name}' has splits of its own: val_dir and test_dir are for a folder of images.")
     if name == 'digits':
         return _digits()
     root = Path(data_dir) if data_dir else Path.home() / '.cache' / 'timm_attn' / 'data'
     if name == 'fashion-mnist':
-        return _fashion_mnist(root, download)
+        if download:
+            sets = require('torchvision.datasets', 'lab', 'torchvision')
+            for train in (True, False):
+                _torchvision(sets.FashionMNIST, 'fashion-mnist', root, train, download)
+        return _fashion_mnist([root] if data_dir else [root, _DEBIAN])
     if name in ('cifar10', 'cifar100'):
-        return _cifar(name, root, download)
+        return _cifar(str(name), root, download)
     if Path(name).is_dir():
-        return _folder(Path(name))
-    raise ValueError(f"Unknown data '{name}': expected one of {', '.join(DATA)}, or a folder that exists.")
+        data = _folder(Path(name), *(Path(d) if d else None for d in (val_dir, test_dir)))
+        _logger.info(
+            '%s: %d images to learn from; measured on %d: %s. %s',
+            name,
+            len(data.train),
+            len(data.val),
+            data.measured,
+            skipped_line(data.skipped),
+        )
+        return data
+    near = difflib.get_close_matches(str(name), DATA)
+    meant = f' (did you mean {" or ".join(near)}?)' if near else ''
+    raise ValueError(f"Unknown data '{name}'{meant}: expected one of {', '.join(DATA)}, or a folder that exists.")
 
 
 def split(targets: Sequence[int], fraction: float, seed: int = 0) -> tuple[list[int], list[int]]:
@@ -178,22 +255,82 @@ def _digits() -> Data:
         mean=(0.5,) * 3,
         std=(0.5,) * 3,
         augment=dict(hflip=0.0, color_jitter=None, scale=(0.7, 1.0), ratio=(0.85, 1.18)),
+        measured='a third of each class, drawn once',
     )
 
 
-def _fashion_mnist(root: Path, download: bool) -> Data:
-    sets = require('torchvision.datasets', 'lab', 'torchvision')
-    train, val = (_torchvision(sets.FashionMNIST, 'fashion-mnist', root, t, download) for t in (True, False))
+def _fashion_mnist(folders: Sequence[Path]) -> Data:
+    """Reads the authors' four files, packed or not, wherever torchvision, Debian or a user puts them."""
+    places = [f / part for f in folders for part in ('', 'raw', 'FashionMNIST/raw', 'FashionMNIST', 'fashion-mnist')]
+    for place in places:
+        if _idx_path(place, 'train', 'images') is not None:
+            break
+    else:
+        sought = ' or '.join(f"'{f}'" for f in folders)
+        raise ValueError(
+            f"No fashion-mnist in {sought}: install Debian's package "
+            '(apt-get install dataset-fashion-mnist), give the folder of its four files by --data-dir, or pass '
+            '--download.'
+        )
+    (x, y), (x_val, y_val) = (_idx_pair(place, part) for part in ('train', 't10k'))
     return Data(
         name='fashion-mnist',
-        train=Images(list(train.data.numpy()), train.targets.tolist(), 'L'),
-        val=Images(list(val.data.numpy()), val.targets.tolist(), 'L'),
-        classes=list(train.classes),
+        train=Images(list(x), y.tolist(), 'L'),
+        val=Images(list(x_val), y_val.tolist(), 'L'),
+        classes=list(_FASHION),
         img_size=28,
         mean=(0.2860,),
         std=(0.3530,),
         augment=dict(no_aug=True),
+        measured='its test set, t10k',
     )
+
+
+def _idx_path(folder: Path, part: str, kind: str) -> Path | None:
+    rank = {'images': 3, 'labels': 1}[kind]
+    names = [f'{part}-{kind}{dot}idx{rank}-ubyte{end}' for dot in '-.' for end in ('', '.gz')]
+    return next((folder / n for n in names if (folder / n).is_file()), None)
+
+
+def _idx_pair(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, 28, 28) and labels (N,) of one split."""
+    arrays = []
+    for kind in ('images', 'labels'):
+        path = _idx_path(folder, part, kind)
+        if path is None:
+            raise ValueError(f"'{folder}' lacks the file {part}-{kind}-idx*-ubyte (or .gz) of Fashion-MNIST.")
+        arrays.append(read_idx(path))
+    images, labels = arrays
+    if images.shape[1:] != (28, 28) or labels.ndim != 1 or len(images) != len(labels) or len(labels) == 0:
+        raise ValueError(
+            f"'{folder}': the {part} files hold images {images.shape} and labels {labels.shape}; expected (N, 28, 28) "
+            'and (N,): fetch them again.'
+        )
+    if labels.max() >= len(_FASHION):
+        raise ValueError(f"'{folder}': a label of {part} is {labels.max()}, and Fashion-MNIST has classes 0 to 9.")
+    return images, labels
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """Reads an IDX file of unsigned bytes, packed by gzip or not.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: It is damaged, or holds something else; the message holds its path.
+    """
+    try:
+        raw = path.read_bytes()
+        raw = gzip.decompress(raw) if raw[:2] == b'\x1f\x8b' else raw
+    except (OSError, EOFError, zlib.error) as e:
+        raise ValueError(f"'{path}' cannot be read ({e}): fetch it again.") from e
+    # Two zero bytes, 8 for unsigned bytes, the number of dimensions; then each size, big-endian.
+    rank = raw[3] if raw[:3] == b'\0\0\x08' and len(raw) > 3 else 0
+    shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], 'big') for i in range(rank)]
+    if not rank or len(raw) != 4 + 4 * rank + math.prod(shape):
+        raise ValueError(f"'{path}' is no whole IDX file of bytes ({len(raw)} bytes, sizes {shape}): fetch it again.")
+    return np.frombuffer(raw, dtype=np.uint8, offset=4 + 4 * rank).reshape(shape)
 
 
 def _cifar(name: str, root: Path, download: bool) -> Data:
@@ -218,6 +355,7 @@ def _cifar(name: str, root: Path, download: bool) -> Data:
         mean=stats[name][0],
         std=stats[name][1],
         augment=dict(hflip=0.5, color_jitter=None, scale=(0.6, 1.0)),
+        measured='its test set',
     )
 
 
@@ -253,24 +391,52 @@ def _cifar_binary(name: str, folder: Path) -> tuple[tuple[np.ndarray, list[int]]
     return parts[0], parts[1], known if len(known) == count else [str(c) for c in range(count)]
 
 
-def _folder(root: Path) -> Data:
-    if (root / 'train').is_dir():
-        held = next((root / n for n in _EVAL_FOLDERS if (root / n).is_dir()), None)
-        if held is None:
-            raise ValueError(f"'{root}' has a 'train' folder, but none of {', '.join(_EVAL_FOLDERS)} to measure on.")
-        train, classes = _samples(root / 'train')
-        val, val_classes = _samples(held, classes)
-        if unknown := sorted(set(val_classes) - set(classes)):
-            raise ValueError(f"'{held}' has classes that '{root / 'train'}' has not: {', '.join(unknown)}.")
+def _folder(root: Path, val_dir: Path | None, test_dir: Path | None) -> Data:
+    name = root.resolve().name
+    children = _split_folders(root)
+    by_hand = {'val': val_dir, 'test': test_dir}
+    if any(by_hand.values()):
+        roots = {'train': children.get('train', root)} | {k: v for k, v in by_hand.items() if v}
+    elif 'train' in children:
+        roots = children
+        if len(roots) == 1:
+            raise ValueError(
+                f"'{root}' has a '{roots['train'].name}' folder, but none of {', '.join(_HELD)} to measure on: "
+                'name one by --val-dir.'
+            )
+    elif children:
+        found = ', '.join(f"'{c.name}'" for c in children.values())
+        raise ValueError(f"'{root}' has {found}, but no 'train' folder to learn from: name the parts by --val-dir.")
     else:
-        samples, classes = _samples(root)
+        roots = {'train': root}
+    for folder in roots.values():
+        if not folder.is_dir():
+            raise ValueError(f"'{folder}' is no folder: expected one folder per class in it.")
+    parts, skipped = find_images(*roots.values(), within=None if any(by_hand.values()) else root)
+    images = dict(zip(roots, parts, strict=True))
+    for child in root.iterdir() if len(roots) > 1 and roots['train'] != root else ():
+        if child.is_dir() and not hidden(child.name) and child.resolve() not in {r.resolve() for r in roots.values()}:
+            skipped[f"folder '{child.name}' beside the splits"] += 1
+    classes = _classes(roots['train'], images['train'])
+    train = _labelled(roots['train'], images['train'], classes)
+    if len(roots) > 1:
+        key = 'val' if 'val' in roots else 'test'
+        held = roots[key]
+        measured = held.name if roots['train'] != root and held.parent == root else str(held)
+        val = _labelled(held, images[key], classes)
+        for other in roots.keys() - {'train', key}:
+            skipped[f"image in '{roots[other].name}', which is not measured on"] += len(images[other])
+    else:
         try:
-            chosen, kept = split([t for _, t in samples], fraction=0.2)
+            chosen, kept = split([t for _, t in train], fraction=0.2)
         except ValueError as e:
             raise ValueError(f"'{root}' ({', '.join(classes)}): {e}") from e
-        train, val = [samples[i] for i in chosen], [samples[i] for i in kept]
+        train, val = [train[i] for i in chosen], [train[i] for i in kept]
+        measured = 'a fifth of each class, drawn once'
+    for path, _ in (*train, *val):
+        check_image(path)
     return Data(
-        name=root.resolve().name,
+        name=name,
         train=Images([p for p, _ in train], [t for _, t in train], 'RGB'),
         val=Images([p for p, _ in val], [t for _, t in val], 'RGB'),
         classes=list(classes),
@@ -278,28 +444,53 @@ def _folder(root: Path) -> Data:
         mean=IMAGENET_DEFAULT_MEAN,
         std=IMAGENET_DEFAULT_STD,
         augment=dict(hflip=0.5, scale=(0.35, 1.0)),
+        measured=measured,
+        skipped=dict(sorted(skipped.items())),
     )
 
 
-def _samples(root: Path, class_to_idx: dict[str, int] | None = None) -> tuple[list[tuple[Path, int]], dict[str, int]]:
-    found, classes = find_images_and_targets(str(root))
-    if not found:
-        raise ValueError(f"'{root}' holds no images; expected one folder per class with images in it.")
-    if class_to_idx is None and len(classes) < 2:
-        raise ValueError(f"'{root}' holds one class only ({', '.join(map(repr, classes))}); two or more are needed.")
-    if '' in classes:
-        raise ValueError(f"'{root}' holds images outside of class folders, such as '{_outside(found, root)}'.")
-    names = {index: name for name, index in classes.items()}
-    numbers = class_to_idx or classes
-    samples = [(Path(p), numbers.get(names[t], -1)) for p, t in found]
-    for path, _ in samples:
-        try:
-            # Reads the header only: a damaged body is found, and named, when the image is first decoded.
-            Image.open(path).close()
-        except (UnidentifiedImageError, OSError) as e:
-            raise ValueError(f"'{path}' is no readable image ({e}): repair or remove it.") from e
-    return samples, classes
+def _split_folders(root: Path) -> dict[str, Path]:
+    """The folders that are splits by their names: 'train', 'val', 'test', where they are there."""
+    found: dict[str, Path] = {}
+    for child in sorted(root.iterdir()):
+        split = _SPLITS.get(child.name.lower())
+        if split is None or not child.is_dir():
+            continue
+        if split in found:
+            raise ValueError(
+                f"'{root}' has '{found[split].name}' and '{child.name}', which mean the same: rename or remove one."
+            )
+        if not child.resolve().is_relative_to(root.resolve()):
+            raise ValueError(f"'{child}' is a link that leads out of the folder: name the parts by --val-dir.")
+        found[split] = child
+    return found
 
 
-def _outside(found: list[tuple[str, int]], root: Path) -> Path:
-    return next(Path(p) for p, _ in found if Path(p).parent == root)
+def _classes(root: Path, images: Sequence[Path]) -> dict[str, int]:
+    """Class names in natural order, the first folders below the root."""
+    if not images:
+        raise ValueError(f"'{root}' holds no images ({' '.join(sorted(endings()))}); expected one folder per class.")
+    used = {class_of(p, root) for p in images}
+    if None in used:
+        outside = next(p for p in images if p.parent == root)
+        raise ValueError(f"'{root}' holds images outside of class folders, such as '{outside}'.")
+    names = sorted((c for c in used if c is not None), key=natural)
+    if len(names) < 2:
+        raise ValueError(f"'{root}' holds one class only ({', '.join(map(repr, names))}); two or more are needed.")
+    folders = {p.name for p in root.iterdir() if p.is_dir() and not p.is_symlink() and not hidden(p.name)}
+    if empty := sorted(folders - used):
+        raise ValueError(
+            f"'{root}' has folders without an image that is read: {', '.join(empty)}: remove or fill them."
+        )
+    return {name: i for i, name in enumerate(names)}
+
+
+def _labelled(root: Path, images: Sequence[Path], classes: dict[str, int]) -> list[tuple[Path, int]]:
+    if not images:
+        raise ValueError(f"'{root}' holds no images ({' '.join(sorted(endings()))}); expected one folder per class.")
+    labelled = [(p, class_of(p, root)) for p in images]
+    if outside := [p for p, c in labelled if c is None]:
+        raise ValueError(f"'{root}' holds images outside of class folders, such as '{outside[0]}'.")
+    if unknown := sorted({c for _, c in labelled if c is not None} - classes.keys()):
+        raise ValueError(f"'{root}' has classes that the training images have not: {', '.join(unknown)}.")
+    return [(p, classes[c]) for p, c in labelled if c is not None]

@@ -99,7 +99,7 @@ def export(
         data_config=data_config(comparison),
         eval_results=dict(
             dataset=data.name,
-            split='held out',
+            split=data.measured,
             n=len(data.val),
             protocol=f'last epoch, {settings.img_size}x{settings.img_size}, centre',
             metrics={'top1': round(record['top1'], 2)},

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..images import skipped_line
 from .stats import FEWEST_SEEDS, Estimate, estimate, reading, verdict
 
 
@@ -171,8 +172,10 @@ def environment_line(environment: dict[str, Any]) -> str:
 
 def _method(data: dict[str, Any], settings: dict[str, Any], reference: str, seeds: int) -> list[str]:
     lines = [
-        f'{data["train"]} training and {data["val"]} held-out images of {data["classes"]} classes, the same split for '
-        'every seed. Accuracy is that of the last epoch; no epoch was chosen by it.',
+        f'{data["train"]} training and {data["val"]} held-out images ({data["measured"]}) of '
+        f'{data["classes"]} classes, the same split for every seed. '
+        'Accuracy is that of the last epoch; no epoch was chosen by it.',
+        *filter(None, [skipped_line(data['skipped'])]),
         f'For each seed all models start from the weights of {reference} wherever name and shape agree, and see the '
         'same images in the same order with the same augmentation; so differences are taken seed by seed.'
         if not settings['pretrained']
