@@ -1,8 +1,10 @@
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -34,7 +36,7 @@ def test_a_run_learns_and_its_record_is_plain_json(
         tiny_models[1],
         tiny_models[0],
         tiny_data,
-        replace(tiny_settings, epochs=15, lr=0.1),
+        replace(tiny_settings, epochs=25, lr=0.1),
         0,
         tmp_path,
         save_weights=True,
@@ -43,7 +45,7 @@ def test_a_run_learns_and_its_record_is_plain_json(
     assert json.loads(json.dumps(record)) == record
     assert record['history'][-1]['train_loss'] < 0.7 * record['history'][0]['train_loss']
     assert record['top1'] == record['history'][-1]['top1'] > 50
-    assert told == [('SE-seed0', e) for e in range(1, 16)]
+    assert told == [('SE-seed0', e) for e in range(1, 26)]
     model = timm.create_model('se_resnet18', num_classes=4, in_chans=1, **tiny_models[1].args)
     assert record['parameters'] == sum(p.numel() for p in model.parameters())
     model.load_state_dict(load_file(weights_path(tmp_path, tiny_models[1], 0)))
@@ -172,3 +174,28 @@ def test_user_errors_say_what_to_do(
         replace(tiny_settings, epochs=0)
     with pytest.raises(ValueError, match=r"'warmup_epochs' \(=3\) must be less than 'epochs' \(=3\)"):
         replace(tiny_settings, warmup_epochs=3)
+
+
+def test_processes_that_decode_change_no_bit(
+    tiny_data: Data, tiny_settings: Settings, tiny_models: Models, tmp_path: Path
+) -> None:
+    settings = replace(tiny_settings, epochs=2, warmup_epochs=0)
+    arguments = (tiny_models[1], tiny_models[0], tiny_data, settings, 0)
+    alone = run(*arguments, tmp_path / '0')
+    assert same(run(*arguments, tmp_path / '2', workers=2)) == same(alone)
+    # The augmentation is drawn: without it, other weights come out.
+    still = replace(tiny_data, augment=dict(no_aug=True))
+    assert same(run(tiny_models[1], tiny_models[0], still, settings, 0, tmp_path / 'no')) != same(alone)
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_image(tiny_data: Data) -> None:
+    images = tiny_data.train
+    images.transform = lambda image: (torch.rand(()).item(), random.random(), np.random.rand())
+    images.stream = (3, 1)
+    state = torch.get_rng_state()
+    drawn = [images[i][0] for i in (0, 1, 2, 1, 0)]
+    assert drawn == [drawn[0], drawn[1], drawn[2], drawn[1], drawn[0]] and len(set(drawn)) == 3
+    assert torch.equal(torch.get_rng_state(), state)
+    for stream in ((4, 1), (3, 2)):
+        images.stream = stream
+        assert images[0][0] not in drawn

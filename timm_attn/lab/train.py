@@ -1,13 +1,13 @@
 """One training run, built from timm's parts, that can be killed at any moment and continues to the same bits.
 
-Randomness is a function of seed and epoch, and the data has a stream of its own: whatever random numbers a model
-draws, every model of a seed sees the same images in the same order with the same augmentation.
+Randomness is a function of seed and epoch, and the data has a stream of its own, augmentation one for each image:
+whatever random numbers a model draws and however many processes decode, every model of a seed sees the same images in
+the same order with the same augmentation.
 """
 
 import hashlib
 import math
 import os
-import random
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from ..files import atomic_write
 from ..measure import clock, environment, kept_bytes
 from ..models import cifar_stem_
-from .data import Data
+from .data import Data, rng_state, set_rng_state, stream_seed
 
 Report = Callable[[str, dict[str, float]], None]  # Called after each epoch with the run's id and the epoch's numbers.
 
@@ -216,9 +216,10 @@ def run(
             history = state['history']
         resumed = len(history)
         for epoch in range(resumed, settings.epochs):
-            random_seed(_stream_seed(seed, epoch, 'model'))
+            random_seed(stream_seed(seed, epoch, 'model'))
             start = clock(device.type)
-            batches = _own_randomness(train_loader, _stream_seed(seed, epoch, 'data'))
+            data.train.stream = None if data.augment.get('no_aug') else (seed, epoch)
+            batches = _own_randomness(train_loader, stream_seed(seed, epoch, 'data'))
             updates = epoch * len(train_loader)
             train_loss = _train_epoch(model, batches, optimizer, scheduler, loss_fn, settings, updates)
             seconds = clock(device.type) - start
@@ -379,35 +380,21 @@ def _loaders(data: Data, settings: Settings, device: torch.device, workers: int)
 
 def _own_randomness(loader: Any, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Iterates with random numbers of its own, so that neither the model nor the data disturbs the other's."""
-    outside = _rng_state()
+    outside = rng_state()
     random_seed(seed)
     try:
         iterator = iter(loader)
         while True:
             batch = next(iterator, None)
-            inside = _rng_state()
-            _set_rng_state(outside)
+            inside = rng_state()
+            set_rng_state(outside)
             if batch is None:
                 return
             yield batch
-            outside = _rng_state()
-            _set_rng_state(inside)
+            outside = rng_state()
+            set_rng_state(inside)
     finally:
-        _set_rng_state(outside)
-
-
-def _rng_state() -> tuple[Any, ...]:
-    return torch.get_rng_state(), np.random.get_state(), random.getstate()
-
-
-def _set_rng_state(state: tuple[Any, ...]) -> None:
-    torch.set_rng_state(state[0])
-    np.random.set_state(state[1])
-    random.setstate(state[2])
-
-
-def _stream_seed(seed: int, epoch: int, stream: str) -> int:
-    return int.from_bytes(hashlib.sha256(f'{seed}/{epoch}/{stream}'.encode()).digest()[:4], 'big')
+        set_rng_state(outside)
 
 
 def _digest(model: nn.Module) -> str:
