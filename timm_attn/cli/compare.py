@@ -9,7 +9,7 @@ from typing import Any
 
 from timm.utils import ParseKwargs
 
-from ..images import skipped_line
+from ..explain.images import skipped_line
 from ..lab import tables
 from ..lab.compare import compare, write_report
 from ..lab.comparison import Comparison

@@ -22,7 +22,7 @@ import torch.utils.data
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from ..images import check_image, class_of, endings, find_images, hidden, natural, open_image, skipped_line
+from ..explain.images import check_image, class_of, endings, find_images, hidden, natural, open_image, skipped_line
 from ..optional import require
 
 _logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..images import skipped_line
+from ..explain.images import skipped_line
 from .stats import FEWEST_SEEDS, Estimate, estimate, reading, verdict
 
 

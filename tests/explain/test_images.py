@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from timm_attn.images import MAX_PIXELS, check_image, endings, open_image, plain
+from timm_attn.explain.images import MAX_PIXELS, check_image, endings, open_image, plain
 
 
 @pytest.mark.parametrize('kind', ['png', 'tiff', 'pgm'])
