@@ -170,8 +170,8 @@ def inject(model: nn.Module, name: str, *, start: str = 'identity', **attn_args:
     """Puts attention into a model, in place.
 
     With the identity start the model's output stays what it was, to the bit where the neutral gate is a power of
-    two, so a pretrained model keeps its accuracy and the attention learns from there. The state dict does not
-    say so: inject with the same arguments before loading weights saved from an injected model.
+    two, so a pretrained model keeps its accuracy and the attention learns from there. The state dict says so: it holds
+    the number by which each gate is multiplied (`gain`), and a registered model of the same attention loads it too.
 
     Args:
         model: A timm model with empty attention slots, or with stages for attention that follows a stage.

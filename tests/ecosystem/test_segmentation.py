@@ -50,6 +50,9 @@ def test_injection_reaches_the_encoder_of_a_unet_without_changing_its_output() -
         # smp's own ResNets have no slots; its timm encoders have.
         timm_attn.inject(unet.encoder, 'cbam')
     unet = smp.Unet('tu-resnet18', encoder_weights=None, classes=2, decoder_channels=(32, 16, 16, 8, 8)).eval()
+    for m in unet.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(m.weight, 0.5, 1)  # timm starts branches at 0, which hides any gate
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         before = unet(x)

@@ -16,7 +16,6 @@ import torch
 from timm.models import ResNet
 from torch import nn
 
-from ..layers import Attention
 from .client import HubFileError
 from .rules import (
     CONFIG,
@@ -306,25 +305,3 @@ def _check_names(config: Config, model: nn.Module, where: str) -> None:
         found = config.pretrained_cfg.get(field_name)
         if found not in (None, name, getattr(own, field_name, None)):
             raise HubFileError(f'{where}: pretrained_cfg.{field_name} (={found!r}) must be {name!r}.')
-
-
-def check_gains(model: nn.Module, meta: nn.Module) -> None:
-    """Refuses a model whose gates carry a constant that its constructor would not set, as no weight file holds it.
-
-    Args:
-        model: The model to be saved.
-        meta: What its config builds.
-
-    Raises:
-        ValueError: Names the modules.
-    """
-    gains = {k: m.gain for k, m in meta.named_modules() if isinstance(m, Attention)}
-    found = {k.replace('_orig_mod.', ''): m.gain for k, m in model.named_modules() if isinstance(m, Attention)}
-    bad = [k for k, gain in found.items() if gain != gains.get(k)]
-    if bad:
-        raise ValueError(
-            f"The attention at {bad[:4]} was injected with start='identity': its gain is no part of the weights, so "
-            f'the model '
-            'could not be rebuilt. Save model.state_dict() yourself and call inject before loading it, or use '
-            "start='paper'."
-        )

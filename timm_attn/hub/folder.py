@@ -17,10 +17,11 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from ..files import atomic_write
+from ..layers import gain_keys
 from ..version import package_version
 from .card import check_card, render_card
 from .client import HubFileError
-from .config import Config, build_meta, check_config, check_gains, encode_config, parse_config
+from .config import Config, build_meta, check_config, encode_config, parse_config
 from .header import check_header, check_weights, read_header
 from .records import add_evaluation, normalise_evaluation
 from .rules import CARD, CONFIG, WEIGHTS
@@ -231,7 +232,7 @@ def save(
         raise ValueError(f"'{folder}' already holds {', '.join(taken)}; choose another folder, or pass overwrite=True.")
     model = unwrap(model)
     state_dict = portable_state_dict(model)
-    check_weights(state_dict)
+    check_weights(state_dict, gains=frozenset(k.replace('_orig_mod.', '') for k in gain_keys(model)))
     origin: dict[str, Any] = _plain(dict(provenance or {}), 'provenance')
     about: dict[str, Any] = {
         'provenance': origin,
@@ -267,7 +268,6 @@ def save(
                 f'one that has '
                 'these layers, such as cbam_resnet50.'
             ) from e
-        check_gains(model, meta)
         old = (folder / CARD).read_text(encoding='utf-8') if (folder / CARD).exists() else None
         text = render_card(config, weights=weights, old=old) if card else ''
         with atomic_write(folder / CONFIG) as path:
@@ -302,8 +302,9 @@ def read_folder(directory: str | os.PathLike[str]) -> tuple[Config, dict[str, Pa
             f"'{folder}' has no {' and no '.join(missing)}: write it with timm_attn.save(model, directory)."
         )
     config = check_config(parse_config(_bounded(folder / CONFIG)), f'{folder / CONFIG}')
-    check_header(read_header(folder / WEIGHTS), build_meta(config))
-    check_weights(safetensors.torch.load_file(folder / WEIGHTS))
+    meta = build_meta(config)
+    check_header(read_header(folder / WEIGHTS), meta)
+    check_weights(safetensors.torch.load_file(folder / WEIGHTS), gains=gain_keys(meta))
     files = {n: folder / n for n in (CONFIG, WEIGHTS, CARD) if (folder / n).is_file()}
     for pattern in _EXTRAS:
         for path in sorted(folder.glob(pattern)):

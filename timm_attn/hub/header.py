@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers import gain_keys, read_gain
 from .client import HubFileError
 from .rules import CONFIG, FLOATS, INTEGERS, MAX_HEADER_BYTES, WEIGHTS, integer, list_of, no_constant, no_repeats
 
@@ -82,8 +83,11 @@ def check_header(header: Mapping[str, Any], model: nn.Module, where: str = WEIGH
     Raises:
         HubFileError: Keys are missing or left over, or a shape or kind of number differs.
     """
-    expected = model.state_dict()
+    gains = gain_keys(model)
+    expected = {k: v for k, v in model.state_dict().items() if k not in gains}
     found = {k: v for k, v in header.items() if k != '__metadata__'}
+    # Where an attention's gain is not among the weights, it is 1.
+    expected |= {k: torch.empty((), dtype=torch.float64) for k in gains & set(found)}
     problems = []
     if missing := sorted(set(expected) - set(found)):
         problems.append(f'{len(missing)} missing: {some(missing)}')
@@ -116,12 +120,13 @@ def _finite(values: Tensor) -> bool:
     return bool(values.sum(dtype=torch.float64).isfinite()) or bool(values.isfinite().all())
 
 
-def check_weights(state_dict: Mapping[str, Tensor], where: str = WEIGHTS) -> None:
+def check_weights(state_dict: Mapping[str, Tensor], where: str = WEIGHTS, gains: frozenset[str] = frozenset()) -> None:
     """Refuses weights that hold NaN or infinite values.
 
     Args:
         state_dict: Tensors by name.
         where: The file's name for the message.
+        gains: Keys of gains, which must be positive.
 
     Raises:
         HubFileError: Names the tensors.
@@ -129,3 +134,8 @@ def check_weights(state_dict: Mapping[str, Tensor], where: str = WEIGHTS) -> Non
     bad = [k for k, v in state_dict.items() if v.is_floating_point() and not _finite(v)]
     if bad:
         raise HubFileError(f'{where} holds NaN or infinite values in {len(bad)} tensors: {some(bad)}')
+    for key in gains & set(state_dict):
+        try:
+            read_gain(state_dict[key], key)
+        except ValueError as e:
+            raise HubFileError(f'{where}: {e}') from e

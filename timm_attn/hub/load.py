@@ -9,6 +9,7 @@ import timm
 from huggingface_hub import HfApi
 from torch import nn
 
+from ..layers import gain_keys
 from .client import hub_api, limits, patiently
 from .config import MAX_CONFIG_BYTES, Config, build_meta, check_config, layer_names, parse_config
 from .download import Snapshot, fetch, remember, resolve
@@ -90,7 +91,8 @@ def load_from_hub(
         snapshot, config, meta, path = patiently(
             'load', repo_id, api.token, lambda: _fetch_model(api, repo_id, revision, cache_dir)
         )
-    check_weights(safetensors.torch.load_file(path), f"{WEIGHTS} of '{repo_id}' at {snapshot.commit[:12]}")
+    where = f"{WEIGHTS} of '{repo_id}' at {snapshot.commit[:12]}"
+    check_weights(safetensors.torch.load_file(path), where, gain_keys(meta))
     remember(snapshot, cache_dir)
     return _build(config, meta, path, f'{repo_id}@{snapshot.commit}', kwargs)
 

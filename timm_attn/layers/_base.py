@@ -1,8 +1,10 @@
 """What all attentions share: a gain on the gate, a neutral state, and a look at the gates themselves."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from itertools import chain
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,24 @@ class Gate:
     multiplies: bool = True
 
 
+def read_gain(value: object, key: str = 'gain') -> float:
+    """The number that a state dict holds as an attention's `gain`.
+
+    Args:
+        value: What stands there: a floating-point tensor without axes, finite and positive.
+        key: Its name, for the message.
+
+    Raises:
+        ValueError: It is anything else.
+    """
+    scalar = isinstance(value, Tensor) and value.dim() == 0 and value.is_floating_point() and not value.is_meta
+    if isinstance(value, Tensor) and scalar and math.isfinite(gain := float(value)) and gain > 0:
+        return gain
+    what = f'{value.dtype} of shape {tuple(value.shape)}' if isinstance(value, Tensor) else type(value).__name__
+    shown = f'{float(value):g}' if isinstance(value, Tensor) and scalar else what
+    raise ValueError(f"'{key}' (={shown}) must be a finite positive number in a floating-point tensor without axes.")
+
+
 class Attention(nn.Module):
     """Base of every attention.
 
@@ -33,7 +53,8 @@ class Attention(nn.Module):
     `gain = 1 / neutral_gate`, the warm-start tags fold the constant into the convolution or BatchNorm beside it.
 
     Attributes:
-        gain: Plain number that multiplies the gate; 1 unless injected with the identity start.
+        gain: Plain number that multiplies the gate; 1 unless injected with the identity start. The state dict holds it
+            under this name where it is not 1, so that equal keys and tensors compute the same.
         neutral_gate: The constant that the neutral state multiplies by.
         kinds: Key of `gates(x)` -> what it is, in the order in which pictures show them.
         keywords: What the Hub's tags say besides what `kinds` tell, such as 'self-attention'.
@@ -49,11 +70,70 @@ class Attention(nn.Module):
     no_warm_start: ClassVar[str] = ''
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
     statistics: ClassVar[tuple[str, ...]] = ()
+    gain: float
 
     def __init__(self, neutral_gate: float) -> None:
         super().__init__()
         self.neutral_gate = neutral_gate
         self.gain = 1.0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != 'gain':
+            super().__setattr__(name, value)
+            return
+        self.__dict__['gain'] = float(value)
+        self._buffers.pop('gain', None)
+        self._show_gain()
+
+    def _show_gain(self) -> None:
+        # `forward` multiplies by the number. The buffer of the same name is never read: it is there for what finds a
+        # state dict's keys among a module's tensors, such as functional_call, or torch.distributed.checkpoint and DDP.
+        if self.gain != 1 and 'gain' not in self._buffers:
+            like = next(chain(self.parameters(), self.buffers()), None)
+            self._buffers['gain'] = torch.tensor(self.gain, device=None if like is None else like.device)
+
+    def __prepare_scriptable__(self) -> 'Attention':
+        self._buffers.pop('gain', None)  # TorchScript would take it for the number
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._show_gain()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.gain != 1:
+            # Not on an accelerator, which may know no float64.
+            device = 'meta' if self._buffers['gain'].is_meta else 'cpu'  # pyright: ignore[reportOptionalMemberAccess]
+            destination[f'{prefix}gain'] = torch.tensor(self.gain, dtype=torch.float64, device=device)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key, gain = f'{prefix}gain', self.gain
+        shown = self._buffers.pop('gain', None)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        members = {*self._parameters, *self._buffers, *self._modules}
+        own = any(k.startswith(prefix) and k[len(prefix) :].split('.')[0] in members for k in state_dict)
+        if key in state_dict:
+            unexpected_keys[:] = [k for k in unexpected_keys if k != key]
+            try:
+                gain = read_gain(state_dict[key], key)
+            except ValueError as e:
+                if not (shown is not None and shown.is_meta and getattr(state_dict[key], 'is_meta', False)):
+                    error_msgs.append(str(e))
+        elif own or not (missing_keys or any(True for _ in chain(self.parameters(), self.buffers()))):
+            # An attention without tensors has no key to go by: there, nothing before it may be missing.
+            gain = 1.0
+        elif gain != 1:
+            missing_keys.append(key)
+        self.gain = gain
 
     @torch.jit.ignore()
     def init_neutral(self) -> None:
@@ -93,6 +173,15 @@ def attn_sites(model: nn.Module) -> dict[str, Attention]:
             if not any(name.startswith(f'{outer}.') for outer in sites):
                 sites[name] = module
     return sites
+
+
+def gain_keys(model: nn.Module) -> frozenset[str]:
+    """The keys under which a state dict may hold a gain, whether or not this model's does.
+
+    Args:
+        model: Any model, registered or injected into.
+    """
+    return frozenset(f'{name}.gain'.lstrip('.') for name, m in model.named_modules() if isinstance(m, Attention))
 
 
 def reduced_channels(channels: int, rd_ratio: float) -> int:

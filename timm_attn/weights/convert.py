@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import Attention
+from ..layers import Attention, gain_keys, read_gain
 from .read import check_finite
 from .sources import SOURCES, TIMM
 from .sources.base import Shape, Source, Target
@@ -61,12 +61,14 @@ def target_of(model: nn.Module, name: str | None = None) -> Target:
         name: Its registered name; taken from its config by default.
     """
     cfg = getattr(model, 'pretrained_cfg', None) or {}
+    gains = gain_keys(model)
     return Target(
         name=name or cfg.get('architecture') or type(model).__name__,
         attn=getattr(model, 'attn', None),
         attn_args=getattr(model, 'attn_args', None) or {},
-        shapes={k: tuple(v.shape) for k, v in model.state_dict().items()},
+        shapes={k: tuple(v.shape) for k, v in model.state_dict().items() if k not in gains},
         sites=tuple(f'{n}.' for n, m in model.named_modules() if isinstance(m, Attention)),
+        gains=gains,
     )
 
 
@@ -86,7 +88,7 @@ def detect(state_dict: Mapping[str, Tensor], target: Target) -> tuple[Source, st
     for source in SOURCES:
         if attn := source.attn_of(state_dict):
             return source, attn
-    if any(k in target.shapes and k.startswith(target.sites) for k in state_dict):
+    if any(k in target.gains or (k in target.shapes and k.startswith(target.sites)) for k in state_dict):
         return TIMM, 'own'
     plain = target.attn is None and any(k in target.shapes for k in state_dict)
     if plain or 'layer1.0.conv1.weight' in state_dict:
@@ -182,9 +184,11 @@ def check_fit(
         problems: What is wrong already.
 
     Raises:
-        ValueError: Names every unused, missing and misshapen key.
+        ValueError: Names every unused, missing and misshapen key, or a gain that is none.
     """
-    unused = [k for k in found if k not in target.shapes and k not in free]
+    for key in target.gains & set(found):
+        read_gain(found[key], key)
+    unused = [k for k in found if k not in target.shapes and k not in free and k not in target.gains]
     missing = [k for k in target.shapes if k not in found and k not in free]
     misshapen = {
         k: (tuple(v.shape), target.shapes[k])

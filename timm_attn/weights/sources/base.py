@@ -16,13 +16,17 @@ Replacement = str | Callable[[re.Match[str]], str]
 
 @dataclass(frozen=True)
 class Target:
-    """What a converter may know about the model: its name, attention, options, keys with shapes, attention's places."""
+    """What a converter may know about the model: its name, attention, options, keys with shapes, attention's places.
+
+    `gains` are keys that a checkpoint may have besides: where one is absent, its attention's gain is 1.
+    """
 
     name: str
     attn: str | None
     attn_args: Mapping[str, Any]
     shapes: Mapping[str, Shape]
     sites: tuple[str, ...]
+    gains: frozenset[str]
 
 
 Check = Callable[[Mapping[str, Tensor], Target, str], None]
