@@ -20,11 +20,13 @@ class Gate:
         title: Its name in pictures.
         multiplies: Features are multiplied by the values. A covariance, an attention matrix and a branch before its
             sigmoid are looked at, and multiply nothing.
+        entries: Names along the axis 'B'.
     """
 
     axes: str
     title: str
     multiplies: bool = True
+    entries: tuple[str, ...] = ()
 
 
 def read_gain(value: object, key: str = 'gain') -> float:
