@@ -1,7 +1,11 @@
 """Attention put into timm's models: the identity start changes nothing, the paper start is the registered model."""
 
 import copy
-from typing import Any
+import logging
+import pickle
+import re
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 import timm
@@ -10,7 +14,7 @@ from torch import Tensor, nn
 
 import timm_attn
 from timm_attn import inject, list_attn
-from timm_attn.layers import attn_sites, get_attn
+from timm_attn.layers import _registry, attn_sites, get_attn
 
 THIN: dict[str, Any] = {'layers': (1, 1, 1, 1), 'channels': (32, 64, 96, 128)}
 SMALLER: dict[str, dict[str, Any]] = {'gsop': {'dim': 16}}
@@ -371,14 +375,6 @@ def test_model_without_slots_raises_and_names_families(family: str) -> None:
     assert attn_sites(model) == {}
 
 
-@pytest.mark.parametrize('family', ['regnetx_002', 'darknet17', 'vgg11', 'convnext_atto', 'densenet121'])
-def test_stage_that_is_no_sequence_raises(family: str) -> None:
-    model = create_model(family, device='meta')
-    with pytest.raises(ValueError, match=r'is a \w+, and attention after a stage is appended to an nn\.Sequential'):
-        inject(model, 'bam')
-    assert attn_sites(model) == {}
-
-
 def test_model_that_is_not_timms_raises() -> None:
     with pytest.raises(ValueError, match='Sequential has no empty attention slot'):
         inject(nn.Sequential(nn.Conv2d(3, 8, 3)), 'se')
@@ -428,6 +424,498 @@ def test_options_that_fit_only_some_stages_leave_the_model_alone() -> None:
 def test_large_attention_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     inject(create_model('resnet50', device='meta'), 'gam', rd_ratio=1 / 4)
     assert "'gam' adds 503 M parameters" in caplog.text
+
+
+# Outputs of chosen modules.
+
+
+class Container(nn.Module):
+    """Runs its children one after the other without being an nn.Sequential, as timm's RegStage does."""
+
+    def __init__(self, *children: nn.Module) -> None:
+        super().__init__()
+        for i, child in enumerate(children):
+            self.add_module(f'b{i}', child)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for child in self.children():
+            x = child(x)
+        return x
+
+
+class Unet(nn.Module):
+    """Two levels, a skip, and names that collide with what injection adds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
+        self.mid = Container(nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(inplace=True))
+        self.attn = nn.Conv2d(32, 16, 1)
+        self.up = nn.ConvTranspose2d(32, 16, 2, 2)
+        self.out = nn.Conv2d(32, 2, 1)
+        self.spare = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = self.down(x)
+        y = self.up(self.mid(skip))
+        return self.out(torch.cat([skip, y], 1))
+
+
+def loud(model: nn.Module) -> nn.Module:
+    """Gates that are not neutral: the identity start hides an attention that is applied twice, or not at all."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for attn in attn_sites(model).values():
+            attn.gain = 1.7
+            for p in attn.parameters():
+                p.normal_(0, 0.5)
+    return model
+
+
+# Model, modules, layout, number of sites. Blocks, containers of three kinds, and tokens in rows and columns.
+PLACES: list[tuple[str, str, str, int]] = [
+    ('resnet18', r'layer\d\.0', 'NCHW', 4),
+    ('resnet18', r'layer\d', 'NCHW', 4),
+    ('resnet18', r'layer[34]\.0\.bn1', 'NCHW', 2),
+    ('seresnet18', r'layer\d\.0', 'NCHW', 4),
+    ('regnetx_002', r's\d', 'NCHW', 4),
+    ('convnext_atto', r'stages\.\d', 'NCHW', 4),
+    ('efficientnet_lite0', r'blocks\.\d', 'NCHW', 7),
+    ('densenet121', r'features\.transition\d', 'NCHW', 3),
+    ('swin_tiny_patch4_window7_224', r'layers\.\d', 'NHWC', 4),
+]
+
+
+@pytest.mark.parametrize(('name', 'at', 'fmt', 'count'), PLACES)
+def test_outputs_of_modules_pass_their_attention_once(name: str, at: str, fmt: str, count: int) -> None:
+    kwargs = THIN if name == 'resnet18' else {'layers': (1, 1, 1, 1)} if name == 'seresnet18' else {}
+    model = trained(name, **kwargs)
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if key.endswith('gamma'):  # starts at 1e-6, which hides a block
+                p.fill_(1)
+    x = image(1, 3, 224, 224) if 'swin' in name else image(2, 3, 64, 64)
+    keys = list(model.state_dict())
+    where = 'output' if name == 'resnet18' else 'auto'
+    bases: dict[str, Tensor] = {}
+    owners = {n: m for n, m in model.named_modules() if re.fullmatch(at, n)}
+    handles = [m.register_forward_hook(lambda m, i, o, n=n: bases.__setitem__(n, o.clone())) for n, m in owners.items()]
+    with torch.no_grad():
+        want = model(x)
+        for handle in handles:
+            handle.remove()
+        inject(model, 'cbam', at=at, where=where, fmt=fmt)
+        assert_unchanged(model, model(x), want)
+        assert len(attn_sites(model)) == count and set(keys) < set(model.state_dict())
+        # By hand: what a module returns is its attention of what it returned before, and each attention runs once.
+        seen: dict[str, list[Tensor]] = {}
+        got: dict[str, Tensor] = {}
+        for site, attn in attn_sites(loud(model)).items():
+            attn.register_forward_pre_hook(lambda m, i, n=site: seen.setdefault(n, []).append(i[0].clone()))
+        for n, m in owners.items():
+            m.register_forward_hook(lambda m, i, o, n=n: got.__setitem__(n, o.clone()))
+        out = model(x)
+        assert not torch.allclose(out, want, rtol=1e-2)
+        turn = (lambda t: t.permute(0, 3, 1, 2)) if fmt == 'NHWC' else (lambda t: t)
+        for i, (owner, (site, attn)) in enumerate(zip(owners, attn_sites(model).items(), strict=True)):
+            assert site.startswith(f'{owner}.')
+            (given,) = list(seen[site])
+            if not i:
+                torch.testing.assert_close(given, turn(bases[owner]), rtol=0, atol=0)
+            torch.testing.assert_close(turn(got[owner]), attn(given), rtol=0, atol=0)
+        timm_attn.eject(model)
+        assert list(model.state_dict()) == keys
+        assert torch.equal(model(x), want)
+
+
+def test_gates_of_a_users_own_network_are_as_written_by_hand() -> None:
+    torch.manual_seed(0)
+    model = Unet().eval()
+    x = image(2, 3, 32, 48)
+    with torch.no_grad():
+        want = model(x)
+        inject(model, 'se', at=['down', 'mid', 'up'], example=(1, 3, 32, 32))
+        assert torch.equal(model(x), want)
+        a: Any = attn_sites(loud(model))
+        assert list(a) == ['down.3', 'mid.attn', 'up.attn']
+        skip = a['down.3'](model.down[2](model.down[1](model.down[0](x))))
+        y = a['mid.attn'](model.mid.b1(model.mid.b0(skip)))
+        y = a['up.attn'](nn.functional.conv_transpose2d(y, model.up.weight, model.up.bias, 2))
+        torch.testing.assert_close(model(x), model.out(torch.cat([skip, y], 1)), rtol=0, atol=0)
+
+
+def test_second_attention_at_a_module_follows_the_first() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)).eval()
+    x = image(2, 3, 12, 12)
+    with torch.no_grad():
+        want = model(x)
+        inject(inject(model, 'se', at='1'), 'eca', at='1')
+        sites = attn_sites(model)
+        assert {k: type(m).__name__ for k, m in sites.items()} == {'1.attn': 'SqueezeExcite', '1.attn_gate': 'ECA'}
+        loud(model)
+        se, eca = sites.values()
+        first = model[0](x)
+        plain = nn.functional.conv2d(first, model[1].weight, model[1].bias)
+        torch.testing.assert_close(model(x), eca(se(plain)), rtol=0, atol=0)
+        with pytest.raises(ValueError, match=r"'1' has an 'attn' and an 'attn_gate' already"):
+            inject(model, 'se', at='1')
+        assert torch.equal(timm_attn.eject(model)(x), want)
+
+
+WAYS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    'deepcopy': lambda m, x: copy.deepcopy(m),
+    'pickle': lambda m, x: pickle.loads(pickle.dumps(m)),
+    'export': lambda m, x: torch.export.export(m, (x,)).module(),
+    'compile': lambda m, x: torch.compile(m, backend='eager', fullgraph=True),
+    'trace': lambda m, x: torch.jit.trace(m, (x,)),
+    'script': lambda m, x: torch.jit.script(m),
+    'fx': lambda m, x: torch.fx.symbolic_trace(m),
+    'ema': lambda m, x: timm.utils.ModelEmaV3(m).module,
+    'sync': lambda m, x: nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(m)).eval(),
+    'channels_last': lambda m, x: copy.deepcopy(m).to(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_gated_outputs_survive(way: str) -> None:
+    model = trained('resnet18', **THIN)
+    inject(model, 'cbam', at=[r'layer[12]\.0', 'layer3'], where='output')
+    inject(model, 'eca', at=r'layer4\.0', where='output')
+    x = image(2, 3, 64, 64)
+    with torch.no_grad():
+        plain = model(x)
+        want = loud(model)(x)
+        assert not torch.allclose(want, plain, rtol=1e-2)
+        torch.testing.assert_close(WAYS[way](model, x)(x), want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+
+
+def test_handle_that_was_compiled_before_sees_new_attention() -> None:
+    model = trained('resnet18', **THIN)
+    compiled = torch.compile(model, backend='eager')
+    x = image(2, 3, 64, 64)
+    with torch.no_grad():
+        want = compiled(x)
+        loud(inject(model, 'se', at=r'layer\d\.0', where='output'))
+        torch.testing.assert_close(compiled(x), model(x))
+        timm_attn.eject(model)
+        torch.testing.assert_close(compiled(x), want)
+
+
+def test_hooks_of_a_pickled_model_are_not_overwritten() -> None:
+    """torch numbers hooks by process: a model from another one must not lose its gate to the next hook."""
+    model = inject(nn.Sequential(nn.Conv2d(3, 16, 3)), 'se', at='0')
+    loaded = pickle.loads(pickle.dumps(model))
+    (key,) = loaded[0]._forward_hooks
+    assert not isinstance(key, int)
+
+
+def test_gradient_reaches_gated_outputs() -> None:
+    model = inject(trained('resnet18', **THIN), 'eca', at=r'layer\d', fmt='NCHW').train()
+    model(image(2, 3, 64, 64)).sum().backward()
+    grads = [p.grad for m in attn_sites(model).values() for p in m.parameters()]
+    assert len(grads) == 4 and all(g is not None and g.abs().max() > 0 for g in grads)
+
+
+def test_fused_blocks_keep_gated_outputs() -> None:
+    x = image(2, 3, 64, 64)
+    for freeze in (False, True):
+        model = trained('resnet18', **THIN)
+        loud(inject(model, 'cbam', at=['conv1', r'layer[12]\.0', r'layer3\.0\.conv2', 'layer4'], where='output'))
+        want = model(x)
+        got = timm_attn.fuse(model, freeze=freeze, compile=False)(x)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
+
+
+def test_predicate_and_lists_choose_alike() -> None:
+    def third(name: str, module: nn.Module) -> bool:
+        return name.startswith('layer3.') and type(module).__name__ == 'BasicBlock'
+
+    for at in (third, r'layer3\.\d', [r'layer3\.0', r'layer3\.1']):
+        model = inject(create_model('resnet18', device='meta'), 'se', at=at)
+        assert list(attn_sites(model)) == ['layer3.0.se', 'layer3.1.se']
+
+
+def test_bam_follows_stages_that_are_no_sequences() -> None:
+    for family in ('regnetx_002', 'convnext_atto', 'darknet17'):
+        model = trained(family)
+        x = image(2, 3, 64, 64)
+        with torch.no_grad():
+            want = model(x)
+            assert (inject(model, 'bam')(x) - want).abs().max() <= 1e-5 * want.abs().max()
+            assert len(attn_sites(model)) == len(model.feature_info) - 2
+            assert feels(model, x, model(x)) == []
+
+
+@pytest.mark.parametrize(('name', 'count'), [('botnet26t_256', 5), ('halonet26t', 5), ('tresnet_m', 3)])
+def test_models_of_a_fixed_size_or_stem_are_probed_with_what_they_take(name: str, count: int) -> None:
+    assert len(attn_sites(inject(create_model(name, device='meta'), 'se'))) == count
+
+
+@pytest.mark.parametrize('name', ['visformer_tiny', 'efficientformerv2_s0'])
+def test_empty_attributes_that_are_no_slots_are_refused(name: str) -> None:
+    model = create_model(name, device='meta')
+    with pytest.raises(ValueError, match=r'not with attention in its empty slots.*so they are none\. Say with `at`'):
+        inject(model, 'se')
+    assert attn_sites(model) == {}
+
+
+# Refusals. The model stays as it was.
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.tokens = nn.Flatten(2)
+        self.pair = nn.LSTM(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(self.conv(x))
+        return self.pair(self.tokens(x))[0]
+
+
+class Bad(timm_attn.layers.Attention):
+    """Three faults of an attention of a user's own, by `fault`."""
+
+    def __init__(self, channels: int, fault: str = '', *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(neutral_gate=0.5)
+        self.fc = nn.Conv2d(channels, channels, 1, device=device, dtype=dtype)
+        self.fault = fault
+
+    def init_neutral(self) -> None:
+        if self.fault == 'none':
+            raise NotImplementedError
+        if self.fault != 'init':
+            nn.init.zeros_(self.fc.weight)
+            nn.init.zeros_(self.fc.bias)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.fc(x).sigmoid() * (1 if self.fault == 'gain' else self.gain)
+
+
+@pytest.fixture
+def bad(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(_registry, '_ATTENTIONS', dict(_registry._ATTENTIONS))
+    facts: Any = dict(placement='block', title='', authors='A', year=2000, venue='', paper='', code='')
+    timm_attn.register_attn('bad', **facts)(Bad)
+    return 'bad'
+
+
+@pytest.mark.parametrize(
+    ('fault', 'match'),
+    [
+        ('gain', r"'bad' \(.*Bad\) cannot start as the identity: it ignores `gain`"),
+        ('init', r'`init_neutral` does not make it multiply by its neutral_gate \(=0\.5\)'),
+        ('none', r"'bad' has no neutral state.*use start='paper'"),
+    ],
+)
+@pytest.mark.parametrize('device', ['cpu', 'meta'])
+def test_attention_that_is_not_neutral_is_refused(bad: str, fault: str, match: str, device: str) -> None:
+    model = create_model('resnet18', device=device, **THIN)
+    keys = list(model.state_dict())
+    with pytest.raises(ValueError, match=match):
+        inject(model, bad, fault=fault)
+    assert list(model.state_dict()) == keys and attn_sites(model) == {}
+    assert len(attn_sites(inject(model, bad, fault=fault, start='paper'))) == 4
+    assert len(attn_sites(inject(create_model('resnet18', device=device, **THIN), bad))) == 4
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    (dict(at=r'conv'), r"calls \['conv'\] more than once"),
+    (dict(at=r'pair'), r"'pair' returns a tuple of 2, and attention needs one map"),
+    (dict(at=r'tokens'), r"'tokens' returns tokens \(2, 3, 16\)"),
+    (dict(at=r'tokenz'), r"matches no module of Twice\. Near names: 'tokens'"),
+    (dict(at=['conv', r'pear']), r"at \(='pear'\) matches no module of Twice\. Near names: 'pair'"),
+    (dict(at='('), 'is no regular expression'),
+    (dict(at=[]), 'must be a regular expression, a list of them, or a predicate'),
+    (dict(at=lambda n, m: False), 'is true for none of the 3 modules'),
+    (dict(at='tokens', fmt='NLC'), 'tokens have no rows and columns'),
+    (dict(at='tokens', fmt='NHCW'), r"Unknown fmt 'NHCW'\. Expected one of: NCHW, NHWC"),
+    (dict(at='tokens', where='slots'), r"Unknown where 'slots'\. Expected one of: auto, slot, output"),
+    (dict(at='tokens', where='slot'), r"'tokens', a Flatten, has no slot"),
+    (dict(where='output'), 'say with `at` which ones'),
+    (dict(at='tokens', where='slot', fmt='NHWC'), "timm's slots get maps"),
+    (dict(at='tokens', example=(2, 5, 4, 4)), 'failed for the example.*Pass `example`'),
+]
+
+
+@pytest.mark.parametrize(('kwargs', 'match'), REFUSED)
+def test_what_cannot_be_gated_is_refused(kwargs: dict[str, Any], match: str) -> None:
+    model = Twice()
+    before = (list(model.state_dict()), vars(model).keys() - {'training'}, [dict(m._modules) for m in model.modules()])
+    with pytest.raises(ValueError, match=match):
+        inject(model, 'se', **{'example': (2, 3, 4, 4), **kwargs})
+    after = (list(model.state_dict()), vars(model).keys() - {'training'}, [dict(m._modules) for m in model.modules()])
+    assert after == before and not any(m._forward_hooks for m in model.modules())
+
+
+def test_layout_that_does_not_fit_is_refused() -> None:
+    swin = create_model('swin_tiny_patch4_window7_224', device='meta')
+    with pytest.raises(ValueError, match=r"'layers\.0' returns \(2, 56, 56, 96\).*pass fmt='NHWC'"):
+        inject(swin, 'se', at=r'layers\.\d')
+    with pytest.raises(ValueError, match=r"looks like \(N, C, H, W\): leave out fmt='NHWC'"):
+        inject(create_model('resnet18', device='meta'), 'se', at=r'layer1\.0', fmt='NHWC')
+
+
+def test_containers_that_do_more_than_run_their_children_are_refused() -> None:
+    for name in (r'features\.denseblock\d', 'features'):
+        model = create_model('densenet121', device='meta')
+        with pytest.raises(ValueError, match=r'runs its children by iteration|never calls'):
+            inject(model, 'se', at=name if name != 'features' else r'features\.denseblock1')
+        assert attn_sites(model) == {}
+
+
+def test_wrapped_and_compiled_models_are_refused() -> None:
+    model = create_model('resnet18', **THIN)
+    for wrapped, match in (
+        (nn.DataParallel(model), 'wrapped by DataParallel.*inject first, then wrap'),
+        (torch.compile(model), r'inject first, then torch\.compile'),
+        (torch.jit.script(create_model('resnet18', **THIN)), 'inject first, then script'),
+    ):
+        with pytest.raises(ValueError, match=match):
+            inject(cast(nn.Module, wrapped), 'se')
+    assert attn_sites(model) == {}
+
+
+def test_models_state_and_caches_stay() -> None:
+    """A probe on the model itself would leave shapes and meta tensors in what it caches by itself."""
+
+    class Caching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 16, 1)
+            self.plain = torch.ones(1)
+            self.calls: list[int] = []
+            self.grid: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls.append(len(x))
+            if self.grid is None:
+                self.grid = torch.zeros(x.shape[2:], device=x.device)
+            return self.conv(x) * self.plain + self.grid
+
+    model = Caching()
+    inject(model, 'se', at='conv')
+    assert model.calls == [] and model.grid is None
+    assert model(image(1, 3, 8, 8)).device.type == 'cpu'
+
+
+def test_network_whose_way_depends_on_values_is_run_for_real() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) if float(x.mean()) < 1 else x
+
+    assert list(attn_sites(inject(Branching(), 'se', at='conv'))) == ['conv.attn']
+
+
+def test_network_without_convolutions_asks_for_an_example() -> None:
+    class Slotted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Unet()
+            self.block.attn = None  # pyright: ignore[reportAttributeAccessIssue]
+            self.block = nn.Module()
+            self.block.attn = None
+            self.scale = nn.Parameter(torch.ones(16))
+            self.block.forward = lambda x: x  # pyright: ignore[reportAttributeAccessIssue]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x) * self.scale[:, None, None]
+
+    with pytest.raises(ValueError, match=r'has no Conv2d.*pass `example`'):
+        inject(Slotted(), 'se')
+
+
+def test_log_says_how_many_sites_and_which_slots_were_taken(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    inject(create_model('resnet18', device='meta'), 'se')
+    assert "'se' fills 8 sites of ResNet (layer1.0.se ... layer4.1.se)." in caplog.text
+    caplog.clear()
+    inject(create_model('mobilenetv3_small_100', device='meta'), 'cbam')
+    assert "'cbam' fills 2 sites of MobileNetV3" in caplog.text
+    assert '9 slots were taken already: blocks.0.0.se, ' in caplog.text
+    assert len(caplog.records) == 1
+
+
+def test_full_slots_are_called_full() -> None:
+    with pytest.raises(ValueError, match=r'no empty attention slot.*they are filled: layer1\.0\.se.*at=\['):
+        inject(create_model('seresnet18', device='meta'), 'cbam')
+
+
+# Taking out, and freezing.
+
+
+@pytest.mark.parametrize('name', INJECTED)
+def test_eject_gives_the_base_back(name: str) -> None:
+    model = trained('resnet18', **THIN)
+    x = image(2, 3, 64, 64)
+    keys, listed = list(model.state_dict()), getattr(model, 'no_weight_decay', None)
+    vars_before = set(vars(model))
+    with torch.no_grad():
+        want = model(x)
+        inject(model, name, start='paper', **SMALLER.get(name, {}))
+        inject(model, 'srm', at=r'layer2\.0', where='output')
+        loud(model)
+        copied = copy.deepcopy(model)
+        for m in (model, copied):
+            assert timm_attn.eject(m) is m
+            assert list(m.state_dict()) == keys and torch.equal(m(x), want)
+            assert set(vars(m)) == vars_before and getattr(m, 'no_weight_decay', None) == listed
+            assert m.layer1[0].se is None and 'se' not in dict(m.layer1[0].named_children())
+    with pytest.raises(ValueError, match=r'holds no attention that timm_attn\.inject put there'):
+        timm_attn.eject(model)
+    inject(model, name, start='paper', **SMALLER.get(name, {}))
+
+
+def test_eject_leaves_a_registered_model_its_own_attention() -> None:
+    model = trained('srm_resnet18', **THIN)
+    keys = list(model.state_dict())
+    listed = cast(Any, model).no_weight_decay()
+    with pytest.raises(ValueError, match='holds no attention that'):
+        timm_attn.eject(model)
+    inject(model, 'csa', at=r'layer\d', where='output')
+    assert cast(Any, model).no_weight_decay() > listed
+    timm_attn.eject(model)
+    assert list(model.state_dict()) == keys and cast(Any, model).no_weight_decay() == listed
+    identity = create_model('regnetx_002')
+    timm_attn.eject(inject(identity, 'se'))
+    assert type(identity.s1.b1.se) is nn.Identity
+
+
+def test_frozen_backbone_does_not_move() -> None:
+    model = inject(trained('resnet18', **THIN), 'cbam')
+    base = {k: v.clone() for k, v in model.state_dict().items() if '.se.' not in k and not k.startswith('fc.')}
+    assert timm_attn.freeze_backbone(model) is model
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for net in (model, pickle.loads(pickle.dumps(copy.deepcopy(model)))):
+        net.train()
+        assert net.layer1[0].se.bn.training and not net.layer1[0].bn1.training and not net.bn1.training
+    nn.functional.cross_entropy(model(image(4, 3, 64, 64)), torch.tensor([0, 1, 2, 3])).backward()
+    optimizer.step()
+    state = model.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in base.items())
+    assert state['layer1.0.se.bn.running_mean'].abs().max() > 0
+    assert {k for k, p in model.named_parameters() if p.requires_grad} == {
+        k for k, _ in model.named_parameters() if '.se.' in k or k.startswith('fc.')
+    }
+    model.requires_grad_(True)
+    model.train()
+    assert all(m.training for m in model.modules())
+
+
+def test_frozen_backbone_with_a_frozen_head() -> None:
+    model = timm_attn.freeze_backbone(create_model('bam_resnet18', **THIN), head=False)
+    assert {k.split('.')[1] for k, p in model.named_parameters() if p.requires_grad} == {'1'}
+    with pytest.raises(ValueError, match='has no attention to train first'):
+        timm_attn.freeze_backbone(create_model('resnet18', **THIN))
+    with pytest.raises(ValueError, match=r'Unet has no get_classifier\(\).*pass head=False'):
+        timm_attn.freeze_backbone(inject(Unet(), 'se', at='mid'))
+    assert timm_attn.freeze_backbone(inject(Unet(), 'se', at='mid'), head=False)
 
 
 def test_public_name() -> None:

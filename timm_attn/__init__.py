@@ -7,6 +7,8 @@ from .fusion import fuse as fuse
 from .hub import load_from_hub as load_from_hub
 from .hub import push_to_hub as push_to_hub
 from .hub import save as save
+from .injection import eject as eject
+from .injection import freeze_backbone as freeze_backbone
 from .injection import inject as inject
 from .layers import attn_sites as attn_sites
 from .layers import create_attn as create_attn

@@ -39,11 +39,20 @@ def _ordinary(x: Any) -> bool:
     )
 
 
+def _gated_itself(m: nn.Module) -> bool:
+    """Injected attention follows this very module, so it is more than its type says."""
+    return bool(m._forward_hooks) and isinstance(next(reversed(list(m.children())), None), Attention)
+
+
 def _plain_conv(m: nn.Module) -> bool:
-    return type(m) is nn.Conv2d and m.padding_mode == 'zeros' and not isinstance(m.padding, str)
+    return (
+        type(m) is nn.Conv2d and not _gated_itself(m) and m.padding_mode == 'zeros' and not isinstance(m.padding, str)
+    )
 
 
 def _plain_norm(m: nn.Module, norm: type[nn.Module] = nn.BatchNorm2d) -> bool:
+    if _gated_itself(m):
+        return False
     if type(m) is nn.BatchNorm2d:
         return norm is nn.BatchNorm2d and m.affine and m.track_running_stats and m.momentum is not None
     return type(m) is norm

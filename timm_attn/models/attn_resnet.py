@@ -95,6 +95,8 @@ class AttnResNet(ResNet):
             _keep_resolution(self)
         # After ResNet's own weight init, which would overwrite the attention's.
         inject(self, attn, start='paper', **self.attn_args)
+        # The attention is the model's own: nothing to eject, and what is injected later can be told from it.
+        del self._injections, self._base
 
     @torch.jit.ignore()
     def init_weights(self, zero_init_last: bool = True) -> None:
@@ -147,13 +149,13 @@ default_cfgs = generate_default_cfgs(
             'triplet_resnet34',
             'triplet_resnet50',
             'triplet_resnet101',
+            'gsop_resnet50',
+            'gsop_resnet101',
             'csa_resnet18',
             'csa_resnet34',
             'csa_resnet50',
         ]
     )
-    # The last stage keeps the resolution.
-    | cfgs_of(['gsop_resnet50', 'gsop_resnet101'], pool_size=(14, 14))
 )
 
 

@@ -107,6 +107,7 @@ class SimpleCNN(nn.Module):
         )
         if attn is not None:
             inject(self, attn, start='paper', **self.attn_args)
+            del self._injections, self._base  # the attention is the model's own: see AttnResNet
 
     @torch.jit.ignore()
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -203,10 +204,7 @@ default_cfgs = generate_default_cfgs(
             'simple_cnn_se',
             'simple_cnn_srm',
             'simple_cnn_triplet',
-        ],
-        first_conv='blocks.0.conv',
-        classifier='head.fc',
-        pool_size=(56, 56),
+        ]
     )
 )
 
