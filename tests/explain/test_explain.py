@@ -25,9 +25,9 @@ from timm_attn.explain.draw import (
     gate_vector,
     short,
 )
-from timm_attn.explain.gates import attention_maps, gates_only, stage_sites
+from timm_attn.explain.gates import attention_maps, stage_sites
 from timm_attn.explain.health import GateStats, attention_health
-from timm_attn.layers import Attention, attn_sites
+from timm_attn.layers import Attention, Gate, attn_sites
 
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec('matplotlib') is None, reason='matplotlib is missing')
 needs_cam = pytest.mark.skipif(importlib.util.find_spec('pytorch_grad_cam') is None, reason='grad-cam is missing')
@@ -73,8 +73,9 @@ def broadcast(kind: str, gate: Tensor) -> Tensor:
 
 
 def product(gates: dict[str, Tensor], x: Tensor) -> Tensor:
-    for kind, gate in gates_only(gates).items():
-        x = x * broadcast(kind, gate)
+    for kind, gate in gates.items():
+        if kind != 'covariance':
+            x = x * broadcast(kind, gate)
     return x
 
 
@@ -110,8 +111,7 @@ def test_maps_are_the_gates_that_the_forward_pass_used(name: str) -> None:
         elif name == 'sk':
             assert gates['branch'].shape == (2, 2, out.shape[1])
             torch.testing.assert_close(gates['branch'].sum(1), torch.ones(2, out.shape[1]))
-        else:
-            assert name == 'csa', f'{name} has no equation here: add it'
+        elif name == 'csa':
             assert gates['matrix'].ndim == 4 and gates['matrix'].shape[2] == gates['matrix'].shape[3]
             torch.testing.assert_close(gates['matrix'].sum(-1), torch.ones(gates['matrix'].shape[:3]))
 
@@ -334,6 +334,13 @@ PICTURES = {
 }
 
 
+CHANNEL = {'channel': Gate('C', 'channel')}
+
+
+def kinds_of(name: str, sites: int) -> dict[str, Any]:
+    return {f'layer{i // 2 + 1}.{i % 2}.se': timm_attn.get_attn(name).cls.kinds for i in range(sites)}
+
+
 def made_up_maps(kinds: tuple[str, ...], sites: int) -> dict[str, dict[str, Tensor]]:
     g = torch.Generator().manual_seed(0)
     return {
@@ -391,7 +398,7 @@ def test_a_picture_is_readable(name: str, shape: tuple[int, ...]) -> None:
     image = np.random.default_rng(0).random(shape)
     top = [('leatherback turtle, leatherback, leathery turtle, Dermochelys coriacea', 0.999), ('a', 0.001)]
     cam = image[..., 0] if len(shape) == 3 else 'x' * 30 + ' is missing: ' + 'pip install ' * 6
-    explanation = Explanation(image, made_up_maps(PICTURES[name], 8), top, 'long/name' * 30, cam)
+    explanation = Explanation(image, made_up_maps(PICTURES[name], 8), kinds_of(name, 8), top, 'long/name' * 30, cam)
     assert_readable(draw_explanation(explanation))
 
 
@@ -399,7 +406,8 @@ def test_a_picture_is_readable(name: str, shape: tuple[int, ...]) -> None:
 def test_a_picture_of_constant_gates_and_many_stages_says_so() -> None:
     half = {'channel': torch.full((1, 8), 0.5), 'spatial': torch.full((1, 4, 4), 0.5)}
     maps = {f's{i}.b1.se': half for i in range(9)}
-    figure = draw_explanation(Explanation(np.zeros((32, 32)), maps, [('one', 1.0)]))
+    kinds = {site: timm_attn.get_attn('cbam').cls.kinds for site in maps}
+    figure = draw_explanation(Explanation(np.zeros((32, 32)), maps, kinds, [('one', 1.0)]))
     words = ' '.join(t for t, _ in texts(figure))
     assert '5 of 9 attentions shown' in words and 'constant 0.5' in words and 'all 0.5' in words
     assert 'Grad-CAM' not in words
@@ -421,7 +429,8 @@ def made_up_summary(count: int, classes: int) -> Summary:
 @needs_matplotlib
 def test_a_label_that_looks_like_a_broken_formula_is_drawn_as_it_is() -> None:
     label = '$\\frac{1$ for $5'
-    figure = draw_explanation(Explanation(np.zeros((8, 8)), made_up_maps(('channel',), 2), [(label, 1.0)], title=label))
+    maps, kinds = made_up_maps(('channel',), 2), kinds_of('se', 2)
+    figure = draw_explanation(Explanation(np.zeros((8, 8)), maps, kinds, [(label, 1.0)], title=label))
     assert [t.replace(r'\$', '$') for t, _ in texts(figure)].count(label) == 2
 
 
@@ -452,19 +461,91 @@ def test_class_separation_is_the_share_of_variance_between_classes() -> None:
     assert class_separation(torch.ones(3, 2), ['a', 'b', 'c']) == 0
 
 
-def test_gate_vectors_have_one_length_for_all_image_sizes() -> None:
-    for kind, shape in SHAPES.items():
-        if kind in ('channel', 'gate', 'spatial', 'branch', 'matrix', 'covariance'):
-            small, large = (
-                torch.rand(2, *(2 * s if kind in ('gate', 'spatial') and f else s for s in shape[-2:]))
-                if kind == 'spatial'
-                else torch.rand(2, *shape)
-                for f in (0, 1)
-            )
-            assert gate_vector({kind: small}).shape == gate_vector({kind: large}).shape
-    assert gate_vector({'cw': torch.rand(2, 64, 5)}).shape == gate_vector({'hc': torch.rand(2, 9, 64)}).shape == (2, 64)
-    with pytest.raises(ValueError, match=r"kinds \['odd'\] are unknown"):
-        gate_vector({'odd': torch.rand(2, 3)})
+@pytest.mark.parametrize(
+    ('axes', 'small', 'large', 'length'),
+    [
+        ('C', (8,), (8,), 8),
+        ('HW', (4, 6), (14, 9), 16),
+        ('CHW', (8, 4, 6), (8, 14, 9), 8),
+        ('BC', (2, 8), (2, 8), 8),
+        ('CW', (8, 5), (8, 9), 8),
+        ('HC', (5, 8), (9, 8), 8),
+        ('DD', (8, 8), (8, 8), 8),
+        ('KCC', (2, 8, 8), (2, 8, 8), 8),
+        ('GHW', (4, 5, 6), (4, 9, 8), 64),
+        ('H', (5,), (9,), 16),
+    ],
+)
+def test_gate_vectors_have_one_length_for_all_image_sizes(
+    axes: str, small: tuple[int, ...], large: tuple[int, ...], length: int
+) -> None:
+    kinds = {'odd': Gate(axes, 'odd')}
+    for shape in (small, large):
+        assert gate_vector({'odd': torch.rand(2, *shape)}, kinds).shape == (2, length)
+
+
+def test_a_gate_vector_is_of_what_multiplies_and_has_channels() -> None:
+    kinds = timm_attn.get_attn('bam').cls.kinds
+    gates = {'channel': torch.rand(2, 8), 'spatial': torch.rand(2, 4, 4), 'gate': torch.rand(2, 8, 4, 4)}
+    assert torch.equal(gate_vector(gates, kinds), gates['gate'].mean((2, 3)))
+
+
+@needs_matplotlib
+@pytest.mark.parametrize(
+    'axes', ['C', 'HW', 'CHW', 'GHW', 'BC', 'CW', 'HC', 'CH', 'WC', 'DD', 'KCC', 'H', 'W', 'G', 'GC', 'KGD']
+)
+def test_a_kind_of_gate_that_nobody_has_seen_is_drawn(axes: str) -> None:
+    sizes = {'C': 16, 'H': 5, 'W': 7, 'B': 3, 'D': 8, 'K': 2, 'G': 4}
+    maps = {f'layer{i}.0.se': {'odd': torch.rand(1, *(sizes[a] for a in axes))} for i in (1, 2)}
+    kinds = {site: {'odd': Gate(axes, 'something new')} for site in maps}
+    figure = draw_explanation(Explanation(np.zeros((32, 40, 3)), maps, kinds, [('one', 0.9)]))
+    assert_readable(figure)
+    assert 'layer1.0.se: something new' in [t for t, _ in texts(figure)]
+
+
+@needs_matplotlib
+def test_nearly_equal_gates_look_equal_and_all_panels_of_a_kind_share_a_scale() -> None:
+    maps = {
+        'layer1.0.se': {'spatial': torch.linspace(0.4995, 0.5025, 16).view(1, 4, 4)},
+        'layer2.0.se': {'spatial': torch.linspace(0.1, 0.9, 16).view(1, 4, 4)},
+    }
+    kinds = {site: {'spatial': Gate('HW', 'spatial')} for site in maps}
+    figure = draw_explanation(Explanation(np.zeros((8, 8)), maps, kinds, [('one', 1.0)]))
+    limits = [image.get_clim() for axes in figure.axes for image in axes.images if image.cmap.name == 'cividis']
+    assert limits == [(0.0, 1.0)] * 2
+    words = [t for t, _ in texts(figure)]
+    assert '4 x 4, 0.4995 to 0.5025' in words and words.count('gate') == 2
+
+
+@pytest.mark.parametrize(
+    ('kinds', 'message'),
+    [
+        ({}, r"gates\(\) at 'layer1.0.se' gives 'odd' \(2, 64, 5\), which its `kinds` leave out"),
+        ({'odd': Gate('C', 'odd')}, r"but its `kinds` say 'C': describe each gate by the axes"),
+    ],
+)
+def test_gates_that_a_class_does_not_describe_are_refused(kinds: dict[str, Gate], message: str) -> None:
+    class Odd(Attention):
+        def __init__(self) -> None:
+            super().__init__(neutral_gate=1.0)
+
+        def gates(self, x: Tensor) -> dict[str, Tensor]:
+            return {'odd': x.new_zeros(len(x), x.shape[1], 5)}
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    model = timm.create_model('resnet18', num_classes=2)
+    model.get_submodule('layer1.0').se = Odd()
+    Odd.kinds = kinds
+    with pytest.raises(ValueError, match=message):
+        attention_maps(model, torch.zeros(2, 3, 32, 32))
+
+
+def test_a_plain_model_is_explained_by_grad_cam_alone(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / 'one.png').write_bytes(next(photos.rglob('*.png')).read_bytes())
+    explain_cli(tmp_path / 'one.png', '--model', 'resnet18', '--untrained', '--out', tmp_path / 'out')
+    assert (tmp_path / 'out/one.png').is_file()
 
 
 def test_shortened_text_keeps_both_ends() -> None:
@@ -613,7 +694,6 @@ def test_pictures_stand_upright(tmp_path: Path) -> None:
         (['missing.png'], 'simple_cnn_se', "missing.png' does not exist"),
         (['empty'], 'simple_cnn_se', "empty' holds no image"),
         (['broken.png'], 'simple_cnn_se', "broken.png' is no readable image"),
-        (['good.png'], 'simple_cnn', 'SimpleCNN holds no attention'),
         (['good.png'], 'simple_cnnn', "'simple_cnnn' is no folder, no Hub repository"),
         (['good.png'], 'empty', 'has no config.json and no model.safetensors'),
     ],
@@ -632,7 +712,7 @@ def test_bad_input_is_named_and_nothing_is_written(
 
 @needs_matplotlib
 def test_pictures_are_the_same_each_time(tmp_path: Path) -> None:
-    e = Explanation(np.zeros((8, 8)), made_up_maps(('channel',), 2), [('one', 1.0)])
+    e = Explanation(np.zeros((8, 8)), made_up_maps(('channel',), 2), kinds_of('se', 2), [('one', 1.0)])
     one, two = io.BytesIO(), io.BytesIO()
     draw_explanation(e).savefig(one)
     draw_explanation(e).savefig(two)
@@ -642,4 +722,4 @@ def test_pictures_are_the_same_each_time(tmp_path: Path) -> None:
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__('sys').modules, 'matplotlib', None)
     with pytest.raises(ImportError, match=r"pip install 'timm_attn\[lab\]'"):
-        draw_explanation(Explanation(np.zeros((8, 8)), made_up_maps(('channel',), 2), []))
+        draw_explanation(Explanation(np.zeros((8, 8)), made_up_maps(('channel',), 2), kinds_of('se', 2), []))

@@ -10,6 +10,7 @@ from PIL import Image
 from timm_attn.lab import plots
 from timm_attn.lab.stats import estimate
 from timm_attn.lab.tables import Row
+from timm_attn.layers import Gate
 
 pytest.importorskip('matplotlib', reason='matplotlib is not installed')
 LONG = [f'a rather long name of model number {i}' for i in range(9)]
@@ -120,9 +121,12 @@ def test_models_differ_in_colour_and_marker_and_many_still_in_one_of_them() -> N
 def test_attention_is_drawn_for_each_kind_of_gate(drawn: list[Any], tmp_path: Path, kinds: list[str]) -> None:
     shapes = {'channel': (8,), 'spatial': (4, 4), 'gate': (8, 4, 4)}
     maps = {'layer1.0.se': {k: torch.rand(3, *shapes[k]) for k in kinds}}
+    axes = {'channel': 'C', 'spatial': 'HW', 'gate': 'CHW'}
+    described = {'layer1.0.se': {k: Gate(axes[k], k) for k in kinds}}
     plots.attention(
         images=[Image.new('L', (8, 8))] * 3,
         maps=maps,
+        kinds=described,
         by_class=maps,
         targets=[0, 2, 2],
         classes=['a', 'b', 'c'],

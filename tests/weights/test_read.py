@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import random
 import sys
 import types
 import zipfile
@@ -142,3 +143,67 @@ def test_an_archive_that_claims_to_be_huge_is_not_unpacked(tmp_path: Path, monke
         archive.writestr('x.pth', bytes(2 << 20))
     with pytest.raises(ValueError, match='claims to unpack to 2 MiB'):
         read_checkpoint(tmp_path / 'x.zip')
+
+
+def test_a_torch_archive_with_compressed_records_is_bounded_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from timm_attn.weights import read
+
+    torch.save({'w': torch.zeros(1 << 20)}, tmp_path / 'plain.pth')
+    with (
+        zipfile.ZipFile(tmp_path / 'plain.pth') as stored,
+        zipfile.ZipFile(tmp_path / 'x.pth', 'w', zipfile.ZIP_DEFLATED) as deflated,
+    ):
+        for name in stored.namelist():
+            deflated.writestr(name, stored.read(name))
+    assert (tmp_path / 'x.pth').stat().st_size < 100_000
+    assert read_checkpoint(tmp_path / 'x.pth').content['w'].numel() == 1 << 20
+    monkeypatch.setattr(read, '_MAX_UNPACKED', 1 << 20)
+    inner = _zipped(tmp_path / 'y.zip', **{'x.pth': (tmp_path / 'x.pth').read_bytes()})
+    for path in (tmp_path / 'x.pth', inner):
+        with pytest.raises(ValueError, match=r'claims to unpack to 4 MiB'):
+            read_checkpoint(path)
+    # What is stored as it is has its own size for a bound.
+    read_checkpoint(tmp_path / 'plain.pth')
+
+
+def _damaged(data: bytes, generator: random.Random) -> bytes:
+    """A few bytes changed, taken out or put in, most of them where the pickle is."""
+    found = bytearray(data)
+    for _ in range(generator.choice([1, 1, 2, 5])):
+        at = generator.randrange(min(len(found), 2000)) if generator.random() < 0.8 else generator.randrange(len(found))
+        kind = generator.randrange(3)
+        if kind == 0:
+            found[at] = generator.randrange(256)
+        elif kind == 1:
+            del found[at : at + generator.randrange(1, 9)]
+        else:
+            found[at:at] = generator.randbytes(generator.randrange(1, 9))
+    return bytes(found)
+
+
+@pytest.mark.parametrize('kind', ['x.pth', 'x.pth.tar', 'x.pth.zip', 'x.safetensors', 'bare.pkl'])
+@pytest.mark.filterwarnings('ignore')
+def test_a_damaged_file_gives_weights_or_one_error_that_names_it(kind: str, tmp_path: Path) -> None:
+    content = {'state_dict': STATE | {'b': torch.ones(3).half()}, 'epoch': 3, 'args': argparse.Namespace(lr=0.1)}
+    path = tmp_path / kind
+    if kind == 'x.pth.zip':
+        torch.save(content, tmp_path / 'inner')
+        _zipped(path, **{'x.pth': (tmp_path / 'inner').read_bytes()})
+    elif kind == 'x.safetensors':
+        save_file(STATE, path)
+    elif kind == 'bare.pkl':
+        path.write_bytes(pickle.dumps({'epoch': 3, 'state_dict': {'a': [1, 2.5, 'x', (None, True)]}}))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=kind != 'x.pth.tar')
+    data, generator = path.read_bytes(), random.Random(kind)
+    refused = 0
+    for _ in range(400):
+        path.write_bytes(_damaged(data, generator))
+        try:
+            read_checkpoint(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 100

@@ -27,7 +27,7 @@ Plain = Callable[[int], dict[str, Tensor]]
 OURS = [m for module in ('attn_resnet', 'sk_resnet', 'simple_cnn') for m in timm.list_models(module=module)]
 WARM = [t for t in TAGS if t.status == 'warm']
 FROM_TIMM = [t for t in TAGS if t.status == 'trained' and t.hf_hub_id]
-FROM_PCV = [t for t in TAGS if t.url]
+FROM_PCV = [t for t in TAGS if t.source.startswith('pytorchcv/')]
 ZIP_WARNING = 'ignore:Falling back to the old format:FutureWarning'  # torch.hub says so of every zipped .pth
 
 
@@ -292,12 +292,12 @@ def test_a_saved_folder_that_lacks_keys_is_refused_though_its_head_changes(tmp_p
         timm.create_model(f'local-dir:{tmp_path / "own"}', pretrained=True, num_classes=5)
 
 
-def test_the_readmes_table_is_the_tables_text() -> None:
+def test_the_docs_table_is_the_tables_text() -> None:
     table = weights_table()
     assert all(f'`{_full(t)}`' in table for t in TAGS)
     assert table.count('(default)') == len({t.model for t in TAGS})
     assert table.count('| warm start |') == len(WARM)
-    readme = Path(__file__).parents[2] / 'README.md'
-    if not readme.is_file():
-        pytest.skip('there is no README beside these tests')
-    assert table in readme.read_text(encoding='utf-8')
+    page = Path(__file__).parents[2] / 'docs/models.md'
+    if not page.is_file():
+        pytest.skip('there are no docs beside these tests')
+    assert table in page.read_text(encoding='utf-8')

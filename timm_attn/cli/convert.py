@@ -10,11 +10,12 @@ from typing import Any, cast
 import timm
 
 from ..hub.folder import save
-from ..weights.convert import convert, detect, target_of, unwrap
+from ..weights.convert import convert_checkpoint, list_sources, net_of_sha1
 from ..weights.official import OFFICIAL, Official, fetch, get_official
 from ..weights.read import Checkpoint, read_checkpoint
-from ..weights.sources.pytorchcv import KNOWN_SHA1
 from ..weights.tags import RESIZE_256
+from ..weights.unwrap import WEIGHTS
+from ._common import talk
 
 NO_LICENCE = 'none stated by the authors'
 
@@ -31,7 +32,14 @@ def add_parser(commands: 'argparse._SubParsersAction[argparse.ArgumentParser]') 
     p.add_argument('file', help='.pth, .pth.tar, .pkl, zipped .pth, .safetensors, or official/NAME')
     p.add_argument('--model', help='registered model, such as cbam_resnet50; official/NAME knows its own')
     p.add_argument('--out', required=True, help='folder to write')
-    p.add_argument('--source', help='where the keys come from; found from them by default')
+    p.add_argument(
+        '--source',
+        help='where the keys come from; found from them by default. One of: '
+        + ', '.join(list_sources())
+        + '; pytorchcv/NET where equal keys are two nets, such as pytorchcv/seresnet50b',
+    )
+    p.add_argument('--weights', choices=WEIGHTS, help='which, where averaged and raw ones are there; else averaged')
+    p.add_argument('--prefix', help='take only the keys that begin with it, without it, such as backbone.')
     p.add_argument('--sha1', help='refuse another file; of the file, or of the one inside an archive')
     p.add_argument('--sha256', help='refuse another file')
     p.add_argument('--num-classes', type=int, help='classes of the checkpoint, if not 1000')
@@ -62,9 +70,9 @@ def _check_out(out: Path, overwrite: bool) -> None:
 
 
 def _check_hashes(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
-    if args.sha1 and args.sha1.lower() not in (checkpoint.sha1, checkpoint.inner_sha1):
+    if args.sha1 is not None and args.sha1.strip().lower() not in (checkpoint.sha1, checkpoint.inner_sha1):
         raise ValueError(f"'{args.file}' has sha1 {checkpoint.inner_sha1}, not {args.sha1}: it is another file.")
-    if args.sha256 and args.sha256.lower() != checkpoint.sha256:
+    if args.sha256 is not None and args.sha256.strip().lower() != checkpoint.sha256:
         raise ValueError(f"'{args.file}' has sha256 {checkpoint.sha256}, not {args.sha256}: it is another file.")
 
 
@@ -78,8 +86,12 @@ def _check_licence(official: Official, accepted: bool) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs `convert`."""
+    talk()
     out = Path(args.out)
     _check_out(out, args.overwrite)
+    for option, value in (('--sha1', args.sha1), ('--sha256', args.sha256)):
+        if value is not None and not value.strip():
+            raise ValueError(f'{option} is empty, perhaps a shell variable that is not set: it would check nothing.')
     official = get_official(args.file) if args.file.startswith('official/') else None
     if official is None:
         if not args.model:
@@ -102,22 +114,21 @@ def _write(
     official: Official | None,
 ) -> None:
     _check_hashes(args, checkpoint)
-    if net := KNOWN_SHA1.get(checkpoint.inner_sha1):
-        source = f'pytorchcv/{net}'  # the checksum tells what the keys cannot
+    source = net_of_sha1(checkpoint.inner_sha1) or source  # the checksum tells what the keys cannot
     model_args: dict[str, Any] = dict(official.model_args) if official else {}
     if args.attn_args:
         model_args['attn_args'] = {**model_args.get('attn_args', {}), **args.attn_args}
     given = dict(num_classes=args.num_classes, in_chans=args.in_chans, cifar_stem=args.cifar_stem or None)
     model_args |= {k: v for k, v in given.items() if v is not None}
 
-    weights = convert(checkpoint.content, name, source, **model_args)
+    converted = convert_checkpoint(
+        checkpoint.content, name, source, weights=args.weights, prefix=args.prefix, **model_args
+    )
     model = timm.create_model(name, **model_args)
-    model.load_state_dict(weights)
-    found, attn = detect(unwrap(checkpoint.content), target_of(model))
-    warm = attn is None and getattr(model, 'attn', None) is not None
+    model.load_state_dict(converted.weights)
     licence = (official.licence or NO_LICENCE) if official else args.licence
     # What the default tag's config says about its own weights is not true of these.
-    preprocessing = {} if found.name == 'timm' else dict(RESIZE_256)
+    preprocessing = {} if converted.source in ('timm', 'timm_attn') else dict(RESIZE_256)
     if args.in_chans and preprocessing:
         preprocessing |= dict(
             input_size=(args.in_chans, 224, 224), mean=(0.5,) * args.in_chans, std=(0.5,) * args.in_chans
@@ -132,21 +143,24 @@ def _write(
         notes=None,
         origin_url=official.home if official else None,
     )
+    options = {'source': converted.source, 'weights': args.weights, 'prefix': args.prefix}
+    stated = ''.join(f', {k}={v!r}' for k, v in options.items() if v is not None)
     provenance = dict(
-        source=source or found.name,
+        source=converted.source,
         source_url=official.url if official else None,
         file=Path(args.file).name,
         sha256=checkpoint.sha256,
         license=licence,
         license_link=official.home if official else None,
-        conversion=f'timm_attn.convert(..., {name!r}, source={source or found.name!r})',
+        weights=converted.kind or None,
+        conversion=f'timm_attn.convert(..., {name!r}{stated})',
         stated_top1=official.top1 if official else None,
     )
     save(
         model,
         out,
         overwrite=args.overwrite,
-        status='warm start' if warm else 'converted',
+        status='warm start' if converted.warm else 'converted',
         provenance={k: v for k, v in provenance.items() if v is not None},
         license=licence,
     )

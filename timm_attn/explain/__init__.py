@@ -5,6 +5,7 @@ from .draw import draw_explanation as draw_explanation
 from .draw import draw_summary as draw_summary
 from .draw import figure_image as figure_image
 from .gates import attention_maps as attention_maps
+from .gates import gate_kinds as gate_kinds
 from .gates import gates_only as gates_only
 from .gates import stage_sites as stage_sites
 from .health import GateHealth as GateHealth

@@ -5,7 +5,7 @@ eyes and in grey. Figures are made without pyplot, so that nothing global is tou
 """
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..files import atomic_write
+from ..layers import Gate
 from ..optional import require
-from .gates import Gates, stage_sites
+from .gates import Gates, Kinds, stage_sites
 from .health import HIGH, LOW, GateHealth
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ class Explanation:
 
     Attributes:
         image: What the model saw, (H, W, 3) or (H, W) in [0, 1].
-        maps: `attention_maps` of that one image.
+        maps: `attention_maps` of that one image; empty for a model without attention.
+        kinds: `gate_kinds` of the model.
         top: Labels with their probabilities, best first.
         title: Model and image.
         cam: Grad-CAM (H, W) in [0, 1], or why there is none, or None to leave its panel out.
@@ -43,6 +45,7 @@ class Explanation:
 
     image: np.ndarray
     maps: Mapping[str, Gates]
+    kinds: Mapping[str, Kinds]
     top: Sequence[tuple[str, float]]
     title: str = ''
     cam: np.ndarray | str | None = None
@@ -99,28 +102,31 @@ def draw_explanation(e: Explanation) -> 'Figure':
         ImportError: matplotlib is missing.
     """
     stages = _evenly(list(stage_sites(e.maps).values()), MAX_STAGES)
-    kinds = [k for k in _PANELS if any(k in e.maps[site] for site in stages)]
+    # In the order in which the classes name them.
+    rows = list(dict.fromkeys(kind for site in stages for kind in e.kinds[site] if kind in e.maps[site]))
     columns = max(4, len(stages))
     # Rows are as tall as the image asks, within what a page can bear.
     aspect = min(max(e.image.shape[0] / e.image.shape[1], 0.5), 1.6)
-    heights = [3.0 * aspect] + [3.0 * aspect if k in _OVER_IMAGE else 2.4 for k in kinds]
+    over = [any(_is_map(e.kinds[site][kind]) for site in stages if kind in e.kinds[site]) for kind in rows]
+    heights = [3.0 * aspect] + [3.0 * aspect if is_map else 2.4 for is_map in over]
     figure = _figure(3.4 * columns, sum(heights) + 0.5 * len(heights) + 0.5)
     figure.suptitle(short(e.title, 30 * columns), fontsize=13)
-    grid = figure.add_gridspec(1 + len(kinds), columns, height_ratios=heights)
+    grid = figure.add_gridspec(1 + len(rows), columns, height_ratios=heights)
     _show(figure.add_subplot(grid[0, 0]), e.image, 'input')
     first = 1
     if e.cam is not None:
         _draw_cam(figure.add_subplot(grid[0, 1]), e.image, e.cam)
         first = 2
     _draw_top(figure.add_subplot(grid[0, first:]), e.top)
-    for row, kind in enumerate(kinds, 1):
+    for row, kind in enumerate(rows, 1):
+        shown = {site: e.maps[site][kind][0].detach().cpu() for site in stages if kind in e.maps[site]}
+        scale = _scale([_flat(gate, e.kinds[site][kind]) for site, gate in shown.items()], e.kinds, kind)
         for column, site in enumerate(stages):
-            if kind in e.maps[site]:
+            if site in shown:
                 axes = figure.add_subplot(grid[row, column])
-                _PANELS[kind](axes, e.maps[site][kind][0].detach().cpu(), e.image)
-                # BAM's branches: what they are before the sigmoid that joins them.
-                part = ' branch' if 'gate' in e.maps[site] and kind in ('channel', 'spatial') else ''
-                axes.set_title(f'{short(site, 26)}: {_TITLES[kind]}{part}', fontsize=9)
+                gate = e.kinds[site][kind]
+                _panel(axes, shown[site], gate, e.image, scale)
+                axes.set_title(f'{short(site, 26)}: {gate.title}', fontsize=9)
     if len(e.maps) > len(stages):
         figure.supxlabel(f'{len(stages)} of {len(e.maps)} attentions shown: the last of each stage', fontsize=9)
     return figure
@@ -153,16 +159,33 @@ def draw_summary(s: Summary) -> 'Figure':
     return figure
 
 
-def gate_vector(gates: Mapping[str, Tensor]) -> Tensor:
+def gate_vector(gates: Gates, kinds: Kinds) -> Tensor:
     """Each image's gates as one short vector (N, D), the same length for every image size.
 
     Args:
         gates: One site's gates, batched.
+        kinds: What they are.
+
+    Raises:
+        ValueError: There is no gate.
     """
-    for kind, shorten in _VECTORS.items():
-        if kind in gates:
-            return shorten(gates[kind].float())
-    raise ValueError(f'Gates of kinds {sorted(gates)} are unknown. Expected one of: {", ".join(_VECTORS)}.')
+    if not gates:
+        raise ValueError('A site without gates has no vector.')
+    # What features are multiplied by says most, then what has a value for each channel.
+    kind = max(gates, key=lambda k: (kinds[k].multiplies, 'C' in kinds[k].axes, list(kinds).index(k)))
+    gate, axes = gates[kind].float(), kinds[kind].axes
+    if axes[-2:] in ('DD', 'PP'):
+        gate, axes = gate.diagonal(dim1=-2, dim2=-1), axes[:-1]
+    if axes.count('C') == 2:  # (..., from, to): how much each channel is looked at.
+        gate, axes = gate.mean(-2), axes[:-1]
+    if 'B' in axes and 'C' in axes:  # Branches of a channel sum to 1: the last says it.
+        gate, axes = gate.select(1 + axes.index('B'), -1), axes.replace('B', '')
+    if kept := next((axis for axis in 'CD' if axis in axes), ''):
+        others = [1 + i for i, axis in enumerate(axes) if axis != kept]
+        return gate.mean(others) if others else gate
+    if axes[-2:] == 'HW':
+        return F.adaptive_avg_pool2d(gate.flatten(1, -3) if gate.ndim > 3 else gate[:, None], 4).flatten(1)
+    return F.adaptive_avg_pool1d(gate.flatten(1)[:, None], 16).flatten(1)
 
 
 def class_separation(vectors: Tensor, classes: Sequence[str]) -> float:
@@ -197,35 +220,68 @@ def short(text: str, width: int) -> str:
     return text.replace('$', r'\$')
 
 
-# Panels: each draws one gate of one image, without its batch dimension.
+# Panels: each draws one gate of one image, without its batch dimension. Which one draws a gate follows from its axes.
 
 
-def _over(axes: 'Axes', gate: Tensor, image: np.ndarray) -> None:
-    """A map (H, W), or (C, H, W) as its mean over channels, over the image in grey."""
-    gate = gate.mean(0) if gate.ndim == 3 else gate
+def _is_map(kind: Gate) -> bool:
+    return 'H' in kind.axes and 'W' in kind.axes
+
+
+def _flat(gate: Tensor, kind: Gate) -> Tensor:
+    """What a panel shows of a gate: maps (H, W) and matrices as means over all that stands before."""
+    keep = 1 if kind.axes == 'C' or gate.ndim == 1 else 2
+    return gate if 'B' in kind.axes or gate.ndim <= keep else gate.flatten(0, -keep - 1).mean(0)
+
+
+def _scale(gates: Sequence[Tensor], kinds: Mapping[str, Kinds], kind: str) -> tuple[float, float]:
+    """One scale for all panels of a kind: gates from 0, so that nearly equal ones look so; all else its own range."""
+    low, high = min(float(g.min()) for g in gates), max(float(g.max()) for g in gates)
+    if all(k[kind].multiplies for k in kinds.values() if kind in k):
+        return min(low, 0.0), max(high, 1.0)
+    return low, max(high, low + 0.01 * max(abs(low), abs(high), 1e-12))
+
+
+def _panel(axes: 'Axes', gate: Tensor, kind: Gate, image: np.ndarray, scale: tuple[float, float]) -> None:
+    named = kind.axes
+    shown = _flat(gate, kind)
+    if 'B' in named and shown.ndim == 2:
+        _branches(axes, shown, kind.entries)
+    elif _is_map(kind):
+        _over(axes, shown, image, scale, 'gate' if kind.multiplies else 'value')
+    elif shown.ndim == 1:
+        _bars(axes, shown) if named == 'C' else _line(axes, shown, _AXES.get(named, 'position'), scale)
+    elif shown.ndim == 2:
+        lines_first = 'C' in named and named[-1] == 'C' and named[-2] != 'C'
+        shown, named = (shown.T, named[-2:][::-1]) if lines_first else (shown, named[-2:])
+        _matrix(axes, shown, _AXES.get(named[-1], ''), scale if kind.multiplies else None)
+    else:
+        _matrix(axes, shown.flatten(0, -2), '', None)
+
+
+def _over(axes: 'Axes', gate: Tensor, image: np.ndarray, scale: tuple[float, float], quantity: str) -> None:
+    """A map (H, W) over the image in grey."""
     height, width = image.shape[:2]
     grey = image if image.ndim == 2 else image.mean(-1)
     axes.imshow(grey, cmap='gray', vmin=0, vmax=1, extent=(0, width, height, 0))
     low, high = float(gate.min()), float(gate.max())
-    flat = high - low < 1e-4
     shown = axes.imshow(
         gate.numpy(),
         cmap='cividis',
         alpha=0.65,
         extent=(0, width, height, 0),
         interpolation='bilinear' if min(gate.shape) > 1 else 'nearest',
-        vmin=low - 0.05 if flat else low,
-        vmax=high + 0.05 if flat else high,
+        vmin=scale[0],
+        vmax=scale[1],
     )
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_xlabel(f'{_size(gate)}, {"constant " if flat else ""}{_range(low, high)}', fontsize=8)
-    _bar(axes, shown)
+    flat = 'constant ' if high - low < 1e-4 else ''
+    axes.set_xlabel(f'{_size(gate)}, {flat}{_range(low, high)}', fontsize=8)
+    _bar(axes, shown, quantity)
 
 
-def _bars(axes: 'Axes', gate: Tensor, image: np.ndarray) -> None:
-    """Weights (C), or (C, H, W) as their mean over pixels, sorted."""
-    gate = gate.mean((1, 2)) if gate.ndim == 3 else gate
+def _bars(axes: 'Axes', gate: Tensor) -> None:
+    """Weights (C), sorted."""
     order = gate.argsort(descending=True)
     ranked = gate[order].numpy()
     axes.fill_between(np.arange(len(ranked) + 1), np.append(ranked, ranked[-1]), step='post', color=BLUE, lw=0)
@@ -247,88 +303,50 @@ def _bars(axes: 'Axes', gate: Tensor, image: np.ndarray) -> None:
     axes.tick_params(labelsize=8)
 
 
-def _branches(axes: 'Axes', gate: Tensor, image: np.ndarray) -> None:
-    """SK's choice (2, D): share of the second, wider branch, sorted."""
-    wide = gate[1]
-    order = wide.argsort(descending=True)
-    ranked = wide[order].numpy()
-    x = np.arange(len(ranked) + 1)
-    line = np.append(ranked, ranked[-1])
-    axes.fill_between(x, 0, line, step='post', color=ORANGE, lw=0, label='second (wide)')
-    axes.fill_between(x, line, 1, step='post', color=BLUE, lw=0, label='first (3x3)')
-    axes.set_xlim(0, len(ranked))
+def _line(axes: 'Axes', gate: Tensor, along: str, scale: tuple[float, float]) -> None:
+    """Values along a row, a column or whatever else has an order."""
+    axes.plot(np.arange(len(gate)), gate.numpy(), color=BLUE, marker='o', markersize=3, lw=1.2)
+    axes.set_ylim(scale[0] - 0.02, scale[1] + 0.02)
+    axes.set_xlabel(f'{along}; {_range(float(gate.min()), float(gate.max()))}', fontsize=8)
+    axes.tick_params(labelsize=8)
+
+
+def _branches(axes: 'Axes', gate: Tensor, entries: Sequence[str]) -> None:
+    """Shares of branches (B, C) that sum to 1, channels sorted by the last."""
+    order = gate[-1].argsort(descending=True)
+    ranked = gate[:, order].numpy()
+    names = list(entries) or [f'branch {i}' for i in range(len(gate))]
+    x = np.arange(ranked.shape[1] + 1)
+    below = np.zeros(len(x))
+    for share, name, colour in zip(ranked[::-1], names[::-1], (ORANGE, BLUE, GREEN, GREY), strict=False):
+        above = below + np.append(share, share[-1])
+        axes.fill_between(x, below, above, step='post', color=colour, lw=0, label=name)
+        below = above
+    axes.set_xlim(0, ranked.shape[1])
     axes.set_ylim(0, 1)
     axes.axhline(0.5, color='white', lw=0.8, ls='--')
     axes.legend(fontsize=7, loc='upper right', framealpha=0.9)
     axes.set_xlabel(
-        f'{len(ranked)} channels, sorted; mean {float(wide.mean()):.2f} wide\n'
-        f'widest: {", ".join(str(int(c)) for c in order[:5])}',
+        f'{ranked.shape[1]} channels, sorted; mean {float(gate[-1].mean()):.2f} {names[-1]}\n'
+        f'most {names[-1]}: {", ".join(str(int(c)) for c in order[:5])}',
         fontsize=8,
     )
     axes.tick_params(labelsize=8)
 
 
-def _matrix(axes: 'Axes', gate: Tensor, image: np.ndarray) -> None:
-    """A square matrix (d, d), or (heads, c, c) as the mean over heads."""
-    heads = f'mean of {len(gate)} heads, ' if gate.ndim == 3 and len(gate) > 1 else ''
-    gate = gate.mean(0) if gate.ndim == 3 else gate
-    # A few strong entries, most of them on the diagonal, would leave the rest in one colour.
-    low, high = (float(v) for v in np.quantile(gate.numpy(), (0.01, 0.99)))
+def _matrix(axes: 'Axes', gate: Tensor, along: str, scale: tuple[float, float] | None) -> None:
+    """A matrix; without a scale its colours leave out the hundredth part at either end, such as a strong diagonal."""
+    low, high = (float(v) for v in np.quantile(gate.numpy(), (0.01, 0.99))) if scale is None else scale
     shown = axes.imshow(
         gate.numpy(), cmap='viridis', interpolation='nearest', vmin=low, vmax=max(high, low + 1e-12), aspect='auto'
     )
-    axes.set_xlabel(f'{heads}{_size(gate)}, colours {_range(low, high)}', fontsize=8)
+    what = f'{along} of the map; {_range(float(gate.min()), float(gate.max()))}' if along else f'{_size(gate)}'
+    axes.set_xlabel(what if scale else f'{_size(gate)}, colours {_range(low, high)}', fontsize=8)
     axes.tick_params(labelsize=8)
-    _bar(axes, shown)
+    _bar(axes, shown, 'gate' if scale else 'value')
 
 
-def _profile(axis: str) -> Callable[['Axes', Tensor, np.ndarray], None]:
-    """A triplet branch with its channels on the vertical axis and columns or rows of the image on the other."""
-
-    def draw(axes: 'Axes', gate: Tensor, image: np.ndarray) -> None:
-        gate = gate if axis == 'column' else gate.T  # (C, W) or (C, H)
-        low, high = float(gate.min()), float(gate.max())
-        shown = axes.imshow(
-            gate.numpy(), cmap='viridis', aspect='auto', interpolation='nearest', vmin=low, vmax=max(high, low + 1e-4)
-        )
-        axes.set_xlabel(f'{axis} of the map; {_range(low, high)}', fontsize=8)
-        axes.tick_params(labelsize=8)
-        _bar(axes, shown)
-
-    return draw
-
-
-_OVER_IMAGE = ('spatial', 'gate')
-_PANELS: dict[str, Callable[['Axes', Tensor, np.ndarray], None]] = {
-    'spatial': _over,
-    'gate': _over,
-    'channel': _bars,
-    'branch': _branches,
-    'covariance': _matrix,
-    'matrix': _matrix,
-    'hc': _profile('row'),
-    'cw': _profile('column'),
-}
-_TITLES = {
-    'spatial': 'spatial',
-    'gate': 'joint gate',
-    'channel': 'channel',
-    'branch': 'branches',
-    'covariance': 'covariance',
-    'matrix': 'channel to channel',
-    'hc': 'rows x channels',
-    'cw': 'channels x columns',
-}
-_VECTORS: dict[str, Callable[[Tensor], Tensor]] = {
-    'gate': lambda g: g.mean((2, 3)),
-    'channel': lambda g: g.mean((2, 3)) if g.ndim == 4 else g,
-    'branch': lambda g: g[:, 1],
-    'cw': lambda g: g.mean(2),
-    'spatial': lambda g: F.adaptive_avg_pool2d(g[:, None], 4).flatten(1),
-    'matrix': lambda g: g.mean((1, 2)),
-    'hc': lambda g: g.mean(1),
-    'covariance': lambda g: g.diagonal(dim1=1, dim2=2),
-}
+_AXES = {'H': 'row', 'W': 'column'}
 
 
 def _draw_cam(axes: 'Axes', image: np.ndarray, cam: np.ndarray | str) -> None:
@@ -337,7 +355,7 @@ def _draw_cam(axes: 'Axes', image: np.ndarray, cam: np.ndarray | str) -> None:
         axes.set_title('Grad-CAM: not drawn', fontsize=9)
         axes.text(0.5, 0.5, _wrap(cam, 34), ha='center', va='center', fontsize=9, transform=axes.transAxes)
         return
-    _over(axes, torch.from_numpy(np.ascontiguousarray(cam)), image)
+    _over(axes, torch.from_numpy(np.ascontiguousarray(cam)), image, (0.0, 1.0), 'evidence')
     axes.set_title('Grad-CAM of the first label', fontsize=9)
 
 
@@ -401,7 +419,7 @@ def _draw_classes(axes: 'Axes', s: Summary, site: str, classes: Sequence[str], *
     axes.set_yticks(range(len(classes)), [short(c, 22) for c in classes] if named else [], fontsize=8)
     axes.set_xticks(range(len(chosen)), [str(int(c)) for c in chosen], rotation=90, fontsize=7)
     axes.set_xlabel('values that differ most between classes', fontsize=8)
-    _bar(axes, shown)
+    _bar(axes, shown, 'mean gate')
 
 
 def _figure(width: float, height: float) -> 'Figure':
@@ -419,7 +437,7 @@ def _show(axes: 'Axes', image: np.ndarray, title: str) -> None:
     axes.set_xlabel(f'{image.shape[0]} x {image.shape[1]}', fontsize=8)
 
 
-def _bar(axes: 'Axes', shown: Any) -> None:
+def _bar(axes: 'Axes', shown: Any, quantity: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     figure = axes.get_figure()
@@ -429,6 +447,7 @@ def _bar(axes: 'Axes', shown: Any) -> None:
     bar.ax.tick_params(labelsize=7)
     bar.ax.yaxis.set_major_locator(MaxNLocator(4))
     bar.ax.ticklabel_format(useOffset=False)
+    bar.set_label(quantity, fontsize=7)
 
 
 def _size(gate: Tensor) -> str:
@@ -440,7 +459,7 @@ def _count(n: int) -> str:
 
 
 def _range(low: float, high: float) -> str:
-    return f'{low:.3g}' if f'{low:.3g}' == f'{high:.3g}' else f'{low:.3g} to {high:.3g}'
+    return f'{low:.4g}' if f'{low:.4g}' == f'{high:.4g}' else f'{low:.4g} to {high:.4g}'
 
 
 def _wrap(text: str, width: int) -> str:

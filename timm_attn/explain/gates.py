@@ -1,6 +1,6 @@
 """What a model's attentions do: their gates for an input, and whether they do anything over many."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -8,9 +8,10 @@ import torch
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from ..layers import Attention, attn_sites
+from ..layers import Attention, Gate, attn_sites
 
 Gates = dict[str, Tensor]
+Kinds = Mapping[str, Gate]
 
 
 def attention_maps(model: nn.Module, x: Tensor) -> dict[str, Gates]:
@@ -26,10 +27,8 @@ def attention_maps(model: nn.Module, x: Tensor) -> dict[str, Gates]:
 
     Returns:
         Site name -> kind -> tensor, in the order of the forward pass; float32 where the gate was half precision.
-        Kinds: 'channel' (N, C), 'spatial' (N, H, W) or for GAM (N, C, H, W), 'branch' (N, 2, D) of SK, 'covariance'
-        (N, d, d) of GSoP, 'matrix' (N, heads, c, c) of CSA, 'cw' (N, C, W) and 'hc' (N, H, C) of triplet attention.
-        BAM's 'channel' and 'spatial' are its branches before the sigmoid, which takes both: 'gate' (N, C, H, W).
-        An injected attention's `gain` is not part of its gates.
+        'channel' is (N, C) and 'spatial' (N, H, W) in most; the class's `kinds` say what there is, with its axes. An
+        injected attention's `gain` is not part of its gates.
 
     Raises:
         ValueError: The input is not a batch of images, the model has no attention, or one was never called.
@@ -70,7 +69,9 @@ def watch(model: nn.Module, x: Tensor, see: Callable[[str, Gates], Any]) -> Tens
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             assert isinstance(module, Attention)
-            see(name, {k: _readable(v) for k, v in module.gates(args[0]).items()})
+            gates = {k: _readable(v) for k, v in module.gates(args[0]).items()}
+            _check_kinds(name, module, gates)
+            see(name, gates)
             seen.add(name)
 
         return look
@@ -98,11 +99,38 @@ def stage_sites(names: Iterable[str]) -> dict[str, str]:
     return {'.'.join(n.split('.')[:depth]): n for n in names}
 
 
-def gates_only(gates: Gates) -> Gates:
-    """The tensors that features are multiplied by: no covariance, no attention matrix, no branch before a sigmoid."""
-    if 'gate' in gates:
-        return {'gate': gates['gate']}
-    return {kind: gate for kind, gate in gates.items() if kind not in ('covariance', 'matrix')}
+def gate_kinds(model: nn.Module) -> dict[str, Kinds]:
+    """What the gates of each attention are, as its class says.
+
+    Args:
+        model: As for `attention_maps`.
+
+    Returns:
+        Site name -> kind of gate -> its axes and title.
+    """
+    return {name: module.kinds for name, module in attn_sites(unwrap_model(model)).items()}
+
+
+def gates_only(gates: Gates, kinds: Kinds) -> Gates:
+    """The tensors that features are multiplied by: no covariance, no attention matrix, no branch before a sigmoid.
+
+    Args:
+        gates: One site's.
+        kinds: What they are.
+    """
+    return {kind: gate for kind, gate in gates.items() if kinds[kind].multiplies}
+
+
+def _check_kinds(site: str, module: Attention, gates: Gates) -> None:
+    for kind, gate in gates.items():
+        described = module.kinds.get(kind)
+        if described is None or len(described.axes) != gate.ndim - 1:
+            name = type(module).__name__
+            said = 'which its `kinds` leave out' if described is None else f"but its `kinds` say '{described.axes}'"
+            raise ValueError(
+                f"{name}.gates() at '{site}' gives '{kind}' {tuple(gate.shape)}, {said}: describe each gate by the "
+                f"axes behind the batch, such as kinds = {{'{kind}': Gate('C', '{kind}')}}."
+            )
 
 
 def _readable(gate: Tensor) -> Tensor:

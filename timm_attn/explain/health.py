@@ -10,7 +10,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from ..layers import attn_sites
-from .gates import Gates, gates_only, watch
+from .gates import Gates, gate_kinds, gates_only, watch
 
 LOW, HIGH = 0.05, 0.95
 
@@ -138,7 +138,7 @@ def attention_health(model: nn.Module, loader: Iterable[Any]) -> dict[str, dict[
     changed: set[str] = set()
 
     def see(name: str, gates: Gates) -> None:
-        site, real = stats.setdefault(name, {}), gates_only(gates)
+        site, real = stats.setdefault(name, {}), gates_only(gates, kinds[name])
         for kind, gate in (real or gates).items():
             site.setdefault(kind, GateStats(bool(real))).update(gate)
 
@@ -150,6 +150,7 @@ def attention_health(model: nn.Module, loader: Iterable[Any]) -> dict[str, dict[
         return look
 
     net = unwrap_model(model)
+    kinds = gate_kinds(net)
     device = next(net.parameters()).device
     with ExitStack() as stack:
         for name, module in attn_sites(net).items():

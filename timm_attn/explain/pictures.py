@@ -21,7 +21,7 @@ from ..hub.load import load_from_hub
 from ..layers import attn_sites
 from ..optional import require
 from .draw import Explanation, Summary, class_separation, draw_explanation, draw_summary, gate_vector, save_figure
-from .gates import Gates, attention_maps, gates_only
+from .gates import Gates, Kinds, attention_maps, gate_kinds, gates_only
 from .health import GateHealth, GateStats
 
 MAX_PIXELS = 80_000_000
@@ -214,7 +214,7 @@ def explain_image(
     """Everything about one image: what the model saw, its best labels, the gates and Grad-CAM.
 
     Args:
-        model: A model with attention and a classifier, in eval mode on the CPU.
+        model: A model with a classifier, in eval mode on the CPU; one without attention has Grad-CAM only.
         image: The image; upright, of any size and mode.
         title: What the picture shall be called.
         crop: As for `image_transform`.
@@ -224,10 +224,8 @@ def explain_image(
         What `draw_explanation` draws.
 
     Raises:
-        ValueError: The model has no attention, no classifier, or takes no images.
+        ValueError: The model has no classifier, or takes no images.
     """
-    if not attn_sites(model):
-        raise ValueError(f'{type(model).__name__} holds no attention of timm_attn, so there is nothing to explain.')
     labels = label_names(model)
     if not labels:
         raise ValueError(f'{type(model).__name__} has no classifier, so there is no label to explain.')
@@ -237,7 +235,8 @@ def explain_image(
     best = chance.topk(min(5, len(chance)))
     top = [(labels[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
     seen = grad_cam(model, x, int(best.indices[0])) if cam else None
-    return Explanation(shown_image(model, x), attention_maps(model, x), top, title, seen)
+    maps = attention_maps(model, x) if attn_sites(model) else {}
+    return Explanation(shown_image(model, x), maps, gate_kinds(model), top, title, seen)
 
 
 def explain(
@@ -280,7 +279,7 @@ def explain(
         for (path, group), name in zip(found, names, strict=True):
             drawn = len(rows) < pictures
             e = explain_image(model, open_image(path), title=f'{source}: {path.name}', crop=crop, cam=cam and drawn)
-            folder.add(e.maps, group or e.top[0][0], known=group is not None)
+            folder.add(e.maps, e.kinds, group or e.top[0][0], known=group is not None)
             if drawn:
                 save_figure(draw_explanation(e), written / name)
             rows.append(
@@ -310,12 +309,12 @@ class _Folder:
         self.stats: dict[tuple[str, str], GateStats] = {}
         self.shapes: dict[tuple[str, str], set[torch.Size]] = {}
 
-    def add(self, maps: Mapping[str, Gates], group: str, known: bool) -> None:
+    def add(self, maps: Mapping[str, Gates], kinds: Mapping[str, Kinds], group: str, known: bool) -> None:
         self.classes.append(group)
         self.known += known
         for site, gates in maps.items():
-            self.vectors.setdefault(site, []).append(gate_vector(gates)[0])
-            real = gates_only(gates)
+            self.vectors.setdefault(site, []).append(gate_vector(gates, kinds[site])[0])
+            real = gates_only(gates, kinds[site])
             for kind, gate in (real or gates).items():
                 key = (site, kind)
                 shapes = self.shapes.setdefault(key, set())

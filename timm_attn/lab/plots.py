@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from ..files import atomic_write
+from ..layers import Gate
 from ..optional import require
 from .tables import Row
 
@@ -112,6 +113,7 @@ def curves(runs: Sequence[dict[str, Any]], labels: Sequence[str], path: str | Pa
 def attention(
     images: Sequence[Any],
     maps: Mapping[str, Mapping[str, Tensor]],
+    kinds: Mapping[str, Mapping[str, Gate]],
     by_class: Mapping[str, Mapping[str, Tensor]],
     targets: Sequence[int],
     classes: Sequence[str],
@@ -124,6 +126,7 @@ def attention(
     Args:
         images: Pictures, one per column.
         maps: Gates of these images by site, as `explain.attention_maps` gives them.
+        kinds: What they are, as `explain.gate_kinds` says.
         by_class: Gates of more images, of which the mean by class is drawn.
         targets: Class of each of those.
         classes: Names of the classes.
@@ -133,16 +136,16 @@ def attention(
     plt = _pyplot()
     # Per site one map per image: a gate of each pixel and channel is shown by its mean over channels.
     spatial = {
-        site: (g if g.ndim == 3 else g.mean(1))
+        site: g.flatten(1, -3).mean(1) if g.ndim > 3 else g
         for site, gates in maps.items()
         for kind, g in gates.items()
-        if kind in ('spatial', 'gate')
+        if kinds[site][kind].axes.endswith('HW')
     }
     channel = {
-        site: (g if g.ndim == 2 else g.mean((2, 3)))
+        site: g.mean((2, 3)) if g.ndim == 4 else g
         for site, gates in by_class.items()
         for kind, g in gates.items()
-        if kind in ('channel', 'gate')
+        if kinds[site][kind].axes in ('C', 'CHW')
     }
     rows = 1 + len(spatial)
     height = 1.15 * rows + 0.6 + (3.0 if channel else 0)

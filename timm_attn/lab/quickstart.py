@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..explain import attention_maps, gates_only
+from ..explain import attention_maps, gate_kinds, gates_only
 from ..files import atomic_write
 from . import plots, tables
 from .compare import compare, write_report
@@ -69,11 +69,14 @@ def _draw_attention(comparison: Comparison, entry: Entry, model: Any, path: Path
     first = [targets.index(c) for c in range(len(classes)) if c in targets]
     several = sorted({i for c in range(len(classes)) for i in [j for j, t in enumerate(targets) if t == c][:20]})
     x = sample(comparison, first)
-    maps = {site: gates_only(g) for site, g in attention_maps(model, x).items()}
-    by_class = {site: gates_only(g) for site, g in attention_maps(model, sample(comparison, several)).items()}
+    kinds = gate_kinds(model)
+    many = sample(comparison, several)
+    maps = {site: gates_only(g, kinds[site]) for site, g in attention_maps(model, x).items()}
+    by_class = {site: gates_only(g, kinds[site]) for site, g in attention_maps(model, many).items()}
     plots.attention(
         images=[comparison.data.val.image(i) for i in first],
         maps=maps,
+        kinds=kinds,
         by_class=by_class,
         targets=[targets[i] for i in several],
         classes=classes,

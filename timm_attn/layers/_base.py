@@ -20,11 +20,13 @@ class Gate:
         title: Its name in pictures.
         multiplies: Features are multiplied by the values. A covariance, an attention matrix and a branch before its
             sigmoid are looked at, and multiply nothing.
+        entries: Names along the axis 'B'.
     """
 
     axes: str
     title: str
     multiplies: bool = True
+    entries: tuple[str, ...] = ()
 
 
 def read_gain(value: object, key: str = 'gain') -> float:
@@ -152,8 +154,40 @@ class Attention(nn.Module):
         """
         raise NotImplementedError
 
+    @classmethod
+    def options_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        """The options that the shapes of a module's weights tell, for messages about weights that do not fit.
+
+        Args:
+            shapes: Key in the module's state dict -> shape; some may be absent.
+
+        Returns:
+            Option -> its value as a number or a fraction in digits, such as '3' or '4/64'.
+        """
+        return {}
+
     def extra_repr(self) -> str:
         return f'gain={self.gain:g}' if self.gain != 1 else ''
+
+
+def rd_ratio_of(shapes: Mapping[str, tuple[int, ...]], key: str = 'fc1.weight') -> dict[str, str]:
+    """The option `rd_ratio` for `Attention.options_of`, from the first layer of a bottleneck.
+
+    Args:
+        shapes: Key -> shape.
+        key: The layer's weight, (C // r, C, ...).
+    """
+    return {'rd_ratio': f'{shapes[key][0]}/{shapes[key][1]}'} if key in shapes else {}
+
+
+def kernel_size_of(shapes: Mapping[str, tuple[int, ...]], key: str = 'conv.weight') -> dict[str, str]:
+    """The option `kernel_size` for `Attention.options_of`, from a convolution.
+
+    Args:
+        shapes: Key -> shape.
+        key: The convolution's weight.
+    """
+    return {'kernel_size': str(shapes[key][-1])} if key in shapes else {}
 
 
 def attn_sites(model: nn.Module) -> dict[str, Attention]:

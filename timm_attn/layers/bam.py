@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ._base import Attention, Gate, check_choice, reduced_channels
+from ._base import Attention, Gate, check_choice, rd_ratio_of, reduced_channels
 from ._registry import register_attn
 
 
@@ -115,6 +115,10 @@ class BAM(Attention):
         mc, ms = self.channel_branch(x), self.spatial_branch(x)
         m = mc + ms if self.add else mc * ms  # (N, C, H, W)
         return x * ((1 + m.sigmoid()) * self.gain)
+
+    @classmethod
+    def options_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        return rd_ratio_of(shapes)
 
     @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:

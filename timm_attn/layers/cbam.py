@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ._base import Attention, Gate, check_odd, reduced_channels
+from ._base import Attention, Gate, check_odd, kernel_size_of, rd_ratio_of, reduced_channels
 from ._registry import register_attn
 
 
@@ -109,6 +109,10 @@ class CBAM(Attention):
         if self.channel:
             x = x * self.channel_gate(x)
         return x * (self.spatial_gate(x) * self.gain)
+
+    @classmethod
+    def options_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        return rd_ratio_of(shapes) | kernel_size_of(shapes)
 
     @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ._base import Attention, Gate, check_odd
+from ._base import Attention, Gate, check_odd, kernel_size_of
 from ._registry import register_attn
 
 
@@ -72,6 +72,10 @@ class ECA(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (self.channel_gate(x) * self.gain)
+
+    @classmethod
+    def options_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        return kernel_size_of(shapes)
 
     @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:

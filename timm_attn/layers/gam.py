@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._base import Attention, Gate, check_choice, reduced_channels
+from ._base import Attention, Gate, check_choice, rd_ratio_of, reduced_channels
 from ._registry import register_attn
 
 
@@ -131,6 +131,13 @@ class GAM(Attention):
         if self.channel:
             x = x * self.pixel_gate(x)
         return x * (self.spatial_gate(x) * self.gain)
+
+    @classmethod
+    def options_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        options = rd_ratio_of(shapes)
+        if 'fc1.weight' in shapes and 'conv1.weight' in shapes:
+            options['groups'] = str(shapes['fc1.weight'][1] // shapes['conv1.weight'][1])
+        return options
 
     @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:

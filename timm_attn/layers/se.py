@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ._base import Attention, Gate, reduced_channels
+from ._base import Attention, Gate, rd_ratio_of, reduced_channels
 from ._registry import register_attn
 
 
@@ -74,6 +74,10 @@ class SqueezeExcite(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (self.channel_gate(x) * self.gain)
+
+    @classmethod
+    def options_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        return rd_ratio_of(shapes)
 
     @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ class SelectiveKernel(Attention):
         ValueError: `rd_ratio` leaves no hidden channel, 32 does not divide the channels, or an unknown form.
     """
 
-    kinds: ClassVar[Mapping[str, Gate]] = {'branch': Gate('BC', 'branches')}
+    kinds: ClassVar[Mapping[str, Gate]] = {'branch': Gate('BC', 'branches', entries=('3x3', 'wide'))}
     no_warm_start = (
         'SK has no warm start: it replaces each 3x3 convolution by two others, whose mixture a plain ResNet does not '
         'contain.'

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ._base import Attention, Gate, check_odd
+from ._base import Attention, Gate, check_odd, kernel_size_of
 from ._registry import register_attn
 
 
@@ -129,6 +129,10 @@ class TripletAttention(Attention):
         if self.spatial:
             return x * ((gate + gates[2]) * (self.gain / 3))
         return x * (gate * (self.gain / 2))
+
+    @classmethod
+    def options_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        return kernel_size_of(shapes, 'cw.conv.weight')
 
     @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:

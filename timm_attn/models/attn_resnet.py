@@ -149,13 +149,13 @@ default_cfgs = generate_default_cfgs(
             'triplet_resnet34',
             'triplet_resnet50',
             'triplet_resnet101',
-            'gsop_resnet50',
-            'gsop_resnet101',
             'csa_resnet18',
             'csa_resnet34',
             'csa_resnet50',
         ]
     )
+    # The last stage keeps the resolution.
+    | cfgs_of(['gsop_resnet50', 'gsop_resnet101'], pool_size=(14, 14))
 )
 
 

@@ -204,7 +204,10 @@ default_cfgs = generate_default_cfgs(
             'simple_cnn_se',
             'simple_cnn_srm',
             'simple_cnn_triplet',
-        ]
+        ],
+        first_conv='blocks.0.conv',
+        classifier='head.fc',
+        pool_size=(56, 56),
     )
 )
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..files import file_hash
-from .convert import check_fit, convert_for, detect, target_of, unwrap
+from .check import check_tensors, check_values
+from .convert import check_fit, convert_for, detect, net_of_sha1, target_of
 from .sources.base import Target
-from .sources.pytorchcv import KNOWN_SHA1
 from .tags import Tag, find_tag
+from .unwrap import unwrap
 
 
 def _check_download(tag: Tag, cfg: dict[str, Any], cache_dir: str | os.PathLike[str] | None) -> None:
@@ -67,20 +68,25 @@ def checkpoint_filter_fn(
     target = target_of(model)
     if cfg.get('source') in ('hf-hub', 'local-dir'):
         own = dict(state_dict)
+        check_tensors(own)
         free = _free(model, cfg, target, own)
         if free:  # timm loads without strictness then
             check_fit(own, target, 'timm_attn', free)
+        expected = model.state_dict()
+        if own.keys() <= expected.keys() | target.gains | free:  # else timm says what is wrong
+            check_values(own, expected)
         return own
     tag = find_tag(target.name, cfg.get('tag'))
     if tag is not None:
         _check_download(tag, cfg, cache_dir)
-    plain = unwrap(state_dict)
+    unwrapped = unwrap(state_dict)
+    plain = unwrapped.state_dict
     found, attn = detect(plain, target)
     source = None
-    if tag is not None and '/' in tag.source and found.name == 'pytorchcv' and attn == target.attn:
+    if tag is not None and '/' in tag.source and tag.source.partition('/')[0] == found.name and attn == target.attn:
         # The tag says which of two nets with equal keys it holds, unless a file's checksum knows better.
         file = cfg.get('file')
-        net = KNOWN_SHA1.get(file_hash(file, 'sha1')) if file and Path(file).is_file() else None
-        source = f'pytorchcv/{net}' if net else tag.source
+        net = net_of_sha1(file_hash(file, 'sha1')) if file and Path(file).is_file() else None
+        source = net or tag.source
     renamed = {found.rename(k): v for k, v in plain.items()}
-    return convert_for(plain, model, source, free=_free(model, cfg, target, renamed))
+    return convert_for(unwrapped, model, source, free=_free(model, cfg, target, renamed)).weights

@@ -7,18 +7,20 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
 
 # Larger than any ResNet's checkpoint with its optimizer; an archive that claims more is not unpacked.
 _MAX_UNPACKED = 4 << 30
+
+
+class _Refused(ValueError):
+    """What is said of a file already."""
 
 
 @dataclass(frozen=True)
@@ -63,19 +65,28 @@ def _allowed() -> list[Any]:
     ]
 
 
-def _inner(data: bytes, path: Path) -> bytes:
-    """The one file in a plain archive; a checkpoint of torch is an archive too, of several files."""
+def _inner(data: bytes, path: Path, depth: int = 0) -> bytes:
+    """The one file in a plain archive; a checkpoint of torch is an archive too, of several files.
+
+    Raises:
+        ValueError: There are several files, or what the archive claims to hold is too large to unpack.
+    """
     if not zipfile.is_zipfile(io.BytesIO(data)):
         return data
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = [m for m in archive.infolist() if not m.is_dir() and not m.filename.startswith('__MACOSX/')]
+        # Compressed or overlapping records hold more than the file has bytes.
+        unpacked = sum(m.file_size for m in members)
+        if unpacked > max(_MAX_UNPACKED, len(data)):
+            raise _Refused(f"'{path}' claims to unpack to {unpacked >> 20} MiB, which is no ResNet.")
         if any(m.filename.endswith('data.pkl') for m in members):
             return data
         if len(members) != 1:
-            raise ValueError(f"'{path}' is an archive of {len(members)} files; one checkpoint inside is expected.")
-        if members[0].file_size > _MAX_UNPACKED:
-            raise ValueError(f"'{path}' claims to unpack to {members[0].file_size >> 20} MiB, which is no ResNet.")
-        return archive.read(members[0])
+            raise _Refused(f"'{path}' is an archive of {len(members)} files; one checkpoint inside is expected.")
+        inner = archive.read(members[0])
+    if depth > 1:
+        raise _Refused(f"'{path}' is an archive in an archive in an archive; one checkpoint inside one is expected.")
+    return _inner(inner, path, depth + 1)
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -108,8 +119,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             f"'{path}' is damaged or holds more than weights{named}. It was not run, and will not be: have its author "
             'save the state dict alone, best as .safetensors.'
         ) from e
-    except (SafetensorError, RuntimeError, EOFError, OSError, zipfile.BadZipFile) as e:
-        raise ValueError(f"'{path}' cannot be read as a checkpoint; it may be incomplete: {e}") from e
+    except _Refused:
+        raise
+    except Exception as e:  # of a damaged file torch raises what its bytes happen to lead to
+        what = f'{type(e).__name__}: {str(e)[:500]}'
+        raise ValueError(f"'{path}' cannot be read as a checkpoint; it may be incomplete ({what}).") from e
     if not isinstance(content, dict):
         raise ValueError(f"'{path}' holds a {type(content).__name__}, not a state dict.")
     return Checkpoint(
@@ -118,17 +132,3 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         sha256=hashlib.sha256(data).hexdigest(),
         inner_sha1=hashlib.sha1(inner, usedforsecurity=False).hexdigest(),
     )
-
-
-def check_finite(state_dict: Mapping[str, Tensor]) -> None:
-    """Refuses weights that hold NaN or infinite values.
-
-    Args:
-        state_dict: Tensors by name.
-
-    Raises:
-        ValueError: Names every tensor that is not finite.
-    """
-    bad = [k for k, v in state_dict.items() if v.is_floating_point() and not torch.isfinite(v).all()]
-    if bad:
-        raise ValueError(f'{len(bad)} tensors hold NaN or infinite values, so the file is no usable model: {bad}')

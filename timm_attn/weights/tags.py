@@ -8,9 +8,10 @@ from typing import Any
 
 from timm.models import get_pretrained_cfg
 
+from ..layers import get_attn, list_attn
+from .sources import SOURCES
+
 _PCV = 'https://github.com/osmr/imgclsmob/releases/download'
-_PCV_HOME = 'https://github.com/osmr/pytorchcv'
-_TIMM_HOME = 'https://github.com/huggingface/pytorch-image-models'
 _TIMM_RESULTS = 'timm results-imagenet.csv'
 _PREPROCESSING = (
     'input_size',
@@ -104,35 +105,29 @@ def _timm(model: str, tag: str, net: str, top1: float) -> Tag:
 
 # Accuracy of timm's plain ResNets with the tag that it has at every depth.
 _PLAIN = {18: 71.504, 34: 76.42, 50: 80.382, 101: 81.494, 152: 81.998}
-_WARM = {
-    'se': (18, 34, 50, 101, 152),
-    'eca': (18, 34, 50, 101, 152),
-    'srm': (18, 34, 50, 101, 152),
-    'cbam': (18, 34, 50, 101),
-    'bam': (18, 34, 50, 101),
-    'gam': (18, 34, 50, 101),
-    'triplet': (18, 34, 50, 101),
-    'csa': (18, 34, 50),
-}
 
 
-def _warm(attn: str, depth: int) -> Tag:
+def _warm(model: str) -> Tag | None:
+    """The warm start of a model 'ATTN_resnetDEPTH', None where its attention has none."""
+    attn, _, depth = model.rpartition('_resnet')
+    if attn not in list_attn() or not depth.isdigit() or int(depth) not in _PLAIN or get_attn(attn).cls.no_warm_start:
+        return None
     net = f'resnet{depth}.a1_in1k'
     return Tag(
-        f'{attn}_resnet{depth}',
+        model,
         f'resnet{depth}_a1_in1k',
         'warm',
         'apache-2.0',
         'timm',
-        _PLAIN[depth],
+        _PLAIN[int(depth)],
         f'{_TIMM_RESULTS}, 224 px, of {net}',
         hf_hub_id=f'timm/{net}',
         preprocessing=_timm_cfg(net),
     )
 
 
-# A model's first row is its default.
-TAGS: tuple[Tag, ...] = (
+# A model's first row is its default. `cfgs_of` adds the warm starts of the models that are registered.
+TAGS: list[Tag] = [
     _pcv('cbam_resnet50', 'cbam_resnet50', 20.17, 'v0.0.537', '0505', 'd8cf8488efb97afecd6b3287a3ca9fa093fc3127'),
     _pcv('bam_resnet50', 'bam_resnet50', 20.91, 'v0.0.499', '0547', 'a04adf3c93f56836509f66668aa90360c9688eb8'),
     _pcv('se_resnet18', 'seresnet18', 28.18, 'v0.0.355', '0961', '022123a5e88c9917e63165f5b5a7808a606d452a'),
@@ -143,8 +138,7 @@ TAGS: tuple[Tag, ...] = (
     _pcv('se_resnet50', 'seresnet50b', 20.79, 'v0.0.387', '0539', '459e6871e944d1c7102ee9c055ea428b8d9a168c'),
     _pcv('se_resnet101', 'seresnet101b', 19.70, 'v0.0.460', '0487', 'b83a20fd2ad9a32e0fe5cb3daef45aac03ea3194'),
     _timm('sk_resnext50_32x4d', 'ra_in1k', 'skresnext50_32x4d', 80.168),
-    *(_warm(attn, depth) for attn, depths in _WARM.items() for depth in depths),
-)
+]
 
 
 def tags_of(model: str) -> list[Tag]:
@@ -172,18 +166,19 @@ def _description(tag: Tag) -> str:
     return f'Trained weights of {tag.source}, converted by name.'
 
 
-def cfgs_of(names: Sequence[str]) -> dict[str, Any]:
-    """The configs of models for timm's `generate_default_cfgs`.
+def cfgs_of(names: Sequence[str], **facts: Any) -> dict[str, Any]:
+    """The configs of models for timm's `generate_default_cfgs`; those that can start warm get a tag for it.
 
     Args:
         names: Registered names; one without a row in `TAGS` gets the tag 'untrained'.
+        **facts: What these models' configs say that differs from a ResNet's, such as pool_size=(14, 14).
     """
-    base = dict(RESIZE_256, url='', num_classes=1000, pool_size=(7, 7), first_conv='conv1', classifier='fc')
+    base = dict(RESIZE_256, url='', num_classes=1000, pool_size=(7, 7), first_conv='conv1', classifier='fc') | facts
     cfgs = {}
     for name in names:
-        if name.startswith('simple_cnn'):
-            cfgs[f'{name}.untrained'] = base | _SIMPLE
-            continue
+        warm = _warm(name)
+        if warm is not None and warm not in TAGS:
+            TAGS.append(warm)
         for tag in tags_of(name):
             cfgs[f'{name}.{tag.tag}'] = (
                 base
@@ -192,18 +187,22 @@ def cfgs_of(names: Sequence[str]) -> dict[str, Any]:
                     url=tag.url,
                     hf_hub_id=tag.hf_hub_id or None,
                     license=tag.licence,
-                    origin_url=_PCV_HOME if tag.url else _TIMM_HOME,
+                    origin_url=home_of(tag.source),
                     description=_description(tag),
                 )
             )
         if not tags_of(name):
-            cfgs[f'{name}.untrained'] = base | (_GSOP if name.startswith('gsop') else {})
+            cfgs[f'{name}.untrained'] = base
     return cfgs
 
 
-# GSoP's last stage keeps the resolution.
-_GSOP = dict(pool_size=(14, 14))
-_SIMPLE = dict(first_conv='blocks.0.conv', classifier='head.fc', pool_size=(56, 56))
+def home_of(source: str) -> str:
+    """The repository of a source, empty where none is known.
+
+    Args:
+        source: As `convert(source=...)` takes it.
+    """
+    return next((s.home for s in SOURCES if s.name == source.partition('/')[0]), '')
 
 
 def weights_table() -> str:

@@ -2,13 +2,13 @@
 
 import copy
 import logging
-import re
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from ..layers import BAM, Attention, GSoP, SelectiveKernel, attn_sites
+from ..layers import Attention, attn_sites
+from .unwrap import some
 
 _logger = logging.getLogger(__name__)
 
@@ -26,19 +26,15 @@ def check_can_start(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     sites = attn_sites(model)
     if not sites:
         raise ValueError('The model has no attention to start: load the weights as they are.')
-    kinds = {type(m) for m in sites.values()}
-    if SelectiveKernel in kinds:
-        raise ValueError(
-            'SK has no warm start: it replaces each 3x3 convolution by two others, whose mixture a plain ResNet does '
-            'not contain.'
-        )
-    if GSoP in kinds:
-        raise ValueError(
-            'GSoP has no warm start: its last stage has stride 1, so its features are not those of a plain ResNet.'
-        )
+    for module in sites.values():
+        if module.no_warm_start:
+            raise ValueError(module.no_warm_start)
+        if module.neutral_gate is None:
+            name = type(module).__name__
+            raise ValueError(f'{name} has no warm start: it has no state in which it multiplies by a constant.')
     taken = [k for k in state_dict if k.startswith(tuple(f'{name}.' for name in sites))]
     if taken:
-        raise ValueError(f'A warm start wants the weights of a plain ResNet, and these have attention: {taken}.')
+        raise ValueError(f'A warm start wants the weights of a plain ResNet, and these have attention: {some(taken)}.')
 
 
 def _scale(weights: dict[str, Tensor], key: str, factor: float) -> None:
@@ -50,35 +46,57 @@ def _scale(weights: dict[str, Tensor], key: str, factor: float) -> None:
 
 def _fold(weights: dict[str, Tensor], site: str, module: Attention, model: nn.Module) -> None:
     """Divides what stands before or after the attention by the constant that its neutral state multiplies by."""
+    assert module.neutral_gate is not None
     factor = 1 / (module.neutral_gate * module.gain)
     if factor == 1:
         return
-    if isinstance(module, BAM):
-        # It multiplies what a ReLU let out and the next stage's shortcut takes, so the next stage's first
-        # convolutions are what can be divided.
-        stage = int((re.match(r'layer(\d)', site) or ['', '0'])[1])
-        following = f'layer{stage + 1}.0'
+    host, _, _ = site.rpartition('.')
+    parent = model.get_submodule(host)
+    keys = _after_stage(model, host, site) if isinstance(parent, nn.Sequential) else _before_slot(parent, host, site)
+    for key in keys:
+        _scale(weights, key, factor)
+
+
+def _before_slot(block: nn.Module, name: str, site: str) -> list[str]:
+    """The last normalisation of the residual branch, which the attention in its slot follows."""
+    norms = [
+        n
+        for n, m in block.named_children()
+        if not isinstance(m, Attention)
+        and isinstance(w := getattr(m, 'weight', None), Tensor)
+        and isinstance(getattr(m, 'bias', None), Tensor)
+        and w.ndim == 1
+    ]
+    if not norms:
+        raise ValueError(f"'{name}' has no normalisation that the constant of '{site}' could go to.")
+    return [f'{name}.{norms[-1]}.{part}' for part in ('weight', 'bias')]
+
+
+def _after_stage(model: nn.Module, name: str, site: str) -> list[str]:
+    """The first convolutions of the next stage: what follows a stage is what a ReLU let out, and the next shortcut."""
+    above, _, last = name.rpartition('.')
+    stages = [n for n, _ in model.get_submodule(above).named_children()]
+    following = next(iter(stages[stages.index(last) + 1 :]), '')
+    following = f'{above}.{following}.0' if above else f'{following}.0'
+    try:
         block = model.get_submodule(following)
-        shortcut = getattr(block, 'downsample', None)
-        first = next((n for n, m in (shortcut or nn.Sequential()).named_modules() if isinstance(m, nn.Conv2d)), None)
-        if first is None:
-            raise ValueError(
-                f"'{following}' has no convolution in its shortcut, so the constant of '{site}' has no place there."
-            )
-        _scale(weights, f'{following}.conv1.weight', factor)
-        _scale(weights, f'{following}.downsample.{first}.weight', factor)
-        return
-    block, _, _ = site.rpartition('.')
-    last = f'{block}.bn3' if hasattr(model.get_submodule(block), 'bn3') else f'{block}.bn2'
-    for part in ('weight', 'bias'):
-        _scale(weights, f'{last}.{part}', factor)
+    except AttributeError:
+        block = nn.Module()
+    convs = [n for n, m in block.named_modules() if isinstance(m, nn.Conv2d)]
+    shortcut = next((n for n in convs if n.startswith('downsample.')), None)
+    if shortcut is None:
+        raise ValueError(
+            f"'{following}' has no convolution in its shortcut, so the constant of '{site}' has no place there."
+        )
+    return [f'{following}.{n}.weight' for n in (convs[0], shortcut)]
 
 
 def warm_start(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Gives a plain ResNet's weights the attention of a model, so that the logits stay the plain ResNet's.
 
     The attention starts neutral: its last layer is zero, and it multiplies by a constant. That constant is divided out
-    of the layer before it, the last BatchNorm of the branch, or, for BAM, out of the next stage's first convolutions.
+    of the layer before it, the last BatchNorm of the branch, or, behind a stage, out of the next one's first
+    convolutions.
     In eval mode the logits equal the plain ResNet's up to rounding. The attention is untrained, which a log line says.
 
     Args:
@@ -89,8 +107,8 @@ def warm_start(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
         Weights for the model, the attention's behind the others.
 
     Raises:
-        ValueError: The model has no attention, or SK or GSoP, which change the network itself; the weights have
-            attention already, or lack a layer that takes the constant.
+        ValueError: The model has no attention, or one that has no warm start, such as SK, which changes the network
+            itself; the weights have attention already, or lack a layer that takes the constant.
     """
     check_can_start(model, state_dict)
     sites = attn_sites(model)

@@ -1,6 +1,6 @@
 """One file per source of checkpoints. To add one: write its file, and name it here."""
 
-from . import cadene, ecanet, gam, gsop, insight, jongchan, moskomule, pytorchcv, srm, timm_, triplet
+from . import cadene, ecanet, gam, gsop, insight, jongchan, moskomule, own, pytorchcv, srm, timm_, triplet
 from .base import Source
 
 # In the order in which a state dict is asked for their marks.
@@ -17,6 +17,5 @@ SOURCES: tuple[Source, ...] = (
     insight.SK_SOURCE,
     moskomule.SOURCE,
     timm_.SOURCE,
+    own.SOURCE,
 )
-# Our own names are timm's.
-TIMM = timm_.SOURCE

@@ -1,4 +1,4 @@
-"""What a converter is: data about one source of checkpoints, and the few functions its rows may name."""
+"""What a source of checkpoints is: data about its files and keys, and the few functions its rows may name."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -12,13 +12,21 @@ Shape = tuple[int, ...]
 # Rewrites one tensor for the shape that the model has; what cannot be made to fit is returned as it is.
 Value = Callable[[Tensor, Shape], Tensor]
 Replacement = str | Callable[[re.Match[str]], str]
+# A source's name for a net without attention, which starts any attention warm.
+PLAIN = 'plain'
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a converter may know about the model: its name, attention, options, keys with shapes, attention's places.
+    """What a converter may know about a model.
 
-    `gains` are keys that a checkpoint may have besides: where one is absent, its attention's gain is 1.
+    Attributes:
+        name: Its registered name.
+        attn: Its attention, None for none.
+        attn_args: The options of its attention.
+        shapes: Key -> shape of all it needs.
+        sites: Where its attention sits, each with the dot behind it.
+        gains: Keys that a checkpoint may have besides: where one is absent, its attention's gain is 1.
     """
 
     name: str
@@ -33,27 +41,60 @@ Check = Callable[[Mapping[str, Tensor], Target, str], None]
 
 
 @dataclass(frozen=True)
+class HostedFile:
+    """Weights that the source's authors host themselves.
+
+    Attributes:
+        name: What stands behind 'official/'.
+        model: The registered model that it fits.
+        place: Google Drive id, or an address.
+        top1: ImageNet-1k accuracy in percent as stated there; None where nothing is.
+        model_args: Arguments of the model.
+    """
+
+    name: str
+    model: str
+    place: str
+    top1: float | None = None
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Source:
     """A family of checkpoints and how their keys become ours.
 
     Attributes:
         name: What `convert(source=...)` calls it.
-        marks: Attention -> pattern that only this source's keys of that attention match.
+        marks: Attention -> pattern that only this source's keys of that attention match; 'plain' for nets without.
         rules: Ordered (pattern, replacement); each is applied to what the one before left. In a replacement, END
             stands for the place behind a stage's last block.
+        home: The repository of its authors.
+        licence: Of the weights, as stated there; None where nothing is.
         values: (pattern of the source's keys, function); the only changes of numbers.
         zeros: Pattern of our keys that are 0 where the source has no such tensor.
+        constants: Pattern of the source's keys that hold what the model computes itself: checked, and left out.
         checks: Functions that raise ValueError for what fits by its keys and is another network.
         alias: Other names of the source for some of its attentions: equal keys elsewhere.
+        own_names: Attentions whose keys here are our own, so that only the caller can tell the two apart.
+        nets: Pattern of the nets that may stand behind 'NAME/', where equal keys are different networks.
+        known_sha1: sha1 of a released file -> the net that it holds.
+        files: What its authors host.
     """
 
     name: str
     marks: Mapping[str, str]
-    rules: tuple[tuple[str, Replacement], ...]
+    rules: tuple[tuple[str, Replacement], ...] = ()
+    home: str = ''
+    licence: str | None = None
     values: tuple[tuple[str, Value], ...] = ()
     zeros: str | None = None
+    constants: str | None = None
     checks: tuple[Check, ...] = ()
     alias: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    own_names: tuple[str, ...] = ()
+    nets: str = ''
+    known_sha1: Mapping[str, str] = field(default_factory=dict)
+    files: tuple[HostedFile, ...] = ()
 
     def attn_of(self, keys: Mapping[str, Tensor]) -> str | None:
         """The attention whose keys of this source are there, None for none.
@@ -65,6 +106,14 @@ class Source:
             if any(re.search(pattern, key) for key in keys):
                 return attn
         return None
+
+    def names_of(self, attn: str) -> set[str]:
+        """What `convert(source=...)` may call the source of a net with this attention, or of a plain one.
+
+        Args:
+            attn: One of `marks`.
+        """
+        return {self.name, *self.alias.get(attn, ())}
 
     def rename(self, key: str) -> str:
         """Our name of a key, with END still in it.
@@ -95,8 +144,8 @@ def padded(tensor: Tensor, shape: Shape) -> Tensor:
         tensor: (1, 1, k).
         shape: (1, 1, K), K >= k, both odd.
     """
-    more = shape[-1] - tensor.shape[-1]
-    fits = tensor.ndim == 3 and tensor.shape[:-1] == shape[:-1] and more > 0 and more % 2 == 0
+    more = shape[-1] - tensor.shape[-1] if tensor.ndim == len(shape) == 3 else 0
+    fits = more > 0 and more % 2 == 0 and tensor.shape[:-1] == shape[:-1]
     return F.pad(tensor, (more // 2, more // 2)) if fits else tensor
 
 

@@ -26,4 +26,10 @@ def refuse(keys: Mapping[str, Tensor], target: Target, name: str) -> None:
     )
 
 
-SOURCE = Source(name='cadene', marks={'se': r'^layer0\.conv1\.|\.se_module\.'}, rules=(), checks=(refuse,))
+SOURCE = Source(
+    name='cadene',
+    marks={'se': r'^layer0\.conv1\.|\.se_module\.'},
+    home='https://github.com/Cadene/pretrained-models.pytorch',
+    licence='bsd-3-clause',
+    checks=(refuse,),
+)

@@ -31,6 +31,7 @@ def check_stated_gate(keys: Mapping[str, Tensor], target: Target, name: str) -> 
 SOURCE = Source(
     name='gam',
     marks={'gam': r'\.channel_attention\.0\.'},
+    home='https://github.com/northBeggar/Plug-and-Play',
     rules=(
         (r'^(layer\d\.\d+)\.\w+\.channel_attention\.0\.', r'\1.se.fc1.'),
         (r'^(layer\d\.\d+)\.\w+\.channel_attention\.2\.', r'\1.se.fc2.'),

@@ -8,6 +8,8 @@ from .base import Source
 SOURCE = Source(
     name='gsop',
     marks={'gsop': r'\.conv_for_DR\.'},
+    home='https://github.com/ZilinGao/Global-Second-order-Pooling-Convolutional-Networks',
+    licence='mit',
     rules=(
         (r'^(layer\d\.\d+)\.conv_for_DR\.', r'\1.se.conv_reduce.'),
         (r'^(layer\d\.\d+)\.bn_for_DR\.', r'\1.se.bn_reduce.'),

@@ -3,11 +3,13 @@
 Code: https://github.com/Jongchan/attention-module @459efad (MIT)
 """
 
-from .base import Source, check_product
+from .base import HostedFile, Source, check_product
 
 SOURCE = Source(
     name='jongchan',
     marks={'cbam': r'\.cbam\.ChannelGate\.', 'bam': r'^bam[123]\.'},
+    home='https://github.com/Jongchan/attention-module',
+    licence='mit',
     rules=(
         (r'\.cbam\.ChannelGate\.mlp\.1\.', '.se.fc1.'),
         (r'\.cbam\.ChannelGate\.mlp\.3\.', '.se.fc2.'),
@@ -23,4 +25,8 @@ SOURCE = Source(
     ),
     checks=(check_product,),
     alias={'cbam': ('insight',), 'bam': ('insight',)},
+    files=(
+        HostedFile('cbam_resnet50', 'cbam_resnet50', '1mvAVvhLR_2XY_bPYxh-SEz4vDmGzSArO', 77.622),
+        HostedFile('bam_resnet50', 'bam_resnet50', '1auVf70gfL0ol40bvaX5rlbpn9cKIxhAL', 76.860),
+    ),
 )

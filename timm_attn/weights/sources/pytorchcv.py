@@ -8,9 +8,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .base import Source, Target, check_form, check_product
+from .base import PLAIN, Source, Target, check_form, check_product
 
-# sha1 of the released .pth -> the net that it holds, where the keys cannot tell.
 KNOWN_SHA1 = {
     '459e6871e944d1c7102ee9c055ea428b8d9a168c': 'seresnet50b',
     'b83a20fd2ad9a32e0fe5cb3daef45aac03ea3194': 'seresnet101b',
@@ -21,22 +20,25 @@ KNOWN_SHA1 = {
 
 
 def check_stride(keys: Mapping[str, Tensor], target: Target, name: str) -> None:
-    """Refuses SE bottleneck nets unless the caller says that their stride is in the 3x3 convolution.
+    """Refuses plain and SE bottleneck nets unless the caller says that their stride is in the 3x3 convolution.
 
     Raises:
         ValueError: The name lacks the 'b' of pytorchcv's nets with the stride in the 3x3.
     """
     net = name.partition('/')[2]
+    kind = SOURCE.attn_of(keys)
     bottleneck = any('.body.conv3.' in key for key in keys)
-    if target.attn != 'se' or not bottleneck or re.fullmatch(r'seresnet\d+b', net):
+    if kind not in ('se', PLAIN) or not bottleneck or re.fullmatch(r'(se)?resnet\d+b', net):
         return
+    family = 'seresnet' if kind == 'se' else 'resnet'
     depth = (re.search(r'\d+', net or target.name) or ['50'])[0]
-    given = f"'{net}' has the stride" if net else f"'seresnet{depth}' has the stride"
+    given = f"'{net}' has the stride" if net else f"'{family}{depth}' has the stride"
+    legacy = f": timm's with the stride in the 1x1, with weights of its own, is legacy_seresnet{depth}"
     raise ValueError(
-        f"pytorchcv's seresnet{depth} and seresnet{depth}b have the same keys and are different networks: {given} in "
+        f"pytorchcv's {family}{depth} and {family}{depth}b have the same keys and are different networks: {given} in "
         f'the first 1x1 convolution, and its weights would give other logits in {target.name}. For the one with the b, '
-        f"pass source='pytorchcv/seresnet{depth}b'; for the other there is no model here: timm's with the stride in "
-        f'the 1x1, with weights of its own, is legacy_seresnet{depth}.'
+        f"pass source='pytorchcv/{family}{depth}b'; for the other there is no model here"
+        f'{legacy if kind == "se" else ""}.'
     )
 
 
@@ -51,8 +53,10 @@ SOURCE = Source(
         'cbam': r'^features\..*\.cbam\.ch_gate\.',
         'bam': r'^features\..*\.unit1\.bam\.',
         'se': r'^features\..*\.se\.conv1\.',
-        'plain': r'^features\.init_block\.',
+        PLAIN: r'^features\.init_block\.',
     },
+    home='https://github.com/osmr/pytorchcv',
+    licence='mit',
     rules=(
         (r'^features\.init_block\.conv\.conv\.', 'conv1.'),
         (r'^features\.init_block\.conv\.bn\.', 'bn1.'),
@@ -80,4 +84,6 @@ SOURCE = Source(
         (r'\.END\.sp_att\.final_conv\.', '.END.conv_final.'),
     ),
     checks=(check_stride, check_product, check_form('sknet')),
+    nets=r'((bam_|cbam_|se)?resnet|sknet)\d+b?',
+    known_sha1=KNOWN_SHA1,
 )

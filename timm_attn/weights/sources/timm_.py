@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .base import Source, Target, check_form, flipped, padded, reshaped
+from .base import PLAIN, Source, Target, check_form, flipped, padded, reshaped
 
 
 def check_width(keys: Mapping[str, Tensor], target: Target, name: str) -> None:
@@ -55,8 +55,11 @@ SOURCE = Source(
     marks={
         'sk': r'\.conv[12]\.paths\.[01]\.',
         'cbam': r'\.se\.channel\.fc1\.',
-        # SE and ECA have our names there: they are found by the model's own keys.
+        PLAIN: r'^layer1\.0\.conv1\.weight$',
     },
+    home='https://github.com/huggingface/pytorch-image-models',
+    licence='apache-2.0',
+    own_names=('se', 'eca'),
     rules=(
         # Its SK blocks keep a convolution and its BatchNorm in one module.
         (r'^(layer\d\.\d+)\.conv([13])\.(conv|bn)\.', r'\1.\3\2.'),
@@ -75,5 +78,5 @@ SOURCE = Source(
     ),
     zeros=r'\.se\.fc[12]\.bias$',
     checks=(check_width, check_whole_input, check_form_of_ported),
-    alias={'plain': ('torchvision',)},
+    alias={PLAIN: ('torchvision',)},
 )
