@@ -1,8 +1,8 @@
 """The layers against the outputs, gradients and buffers of the authors' own code.
 
 Every `*_module.safetensors` in the folder named by TIMM_ATTN_GOLDEN (default: tests/golden, whose README names the
-source of each file) is checked in float64. A file holds a state dict under the official names (`sd/`) and one or more
-cases, named by the size of their map (`7x7/`, `10x6/`, ...).
+source of each file) is checked in float64. A file holds a state dict under the official names (`sd/`, none for an attention without
+parameters) and one or more cases, named by the size of their map (`7x7/`, `10x6/`, ...).
 """
 
 import os
@@ -99,6 +99,37 @@ GSOP = (
 # The official ChannelGateH pools over H, so that its map is (C, W).
 TRIPLET_ROTATED = _gate('ChannelGateH', 'cw') | _gate('ChannelGateW', 'hc')
 TRIPLET = TRIPLET_ROTATED | _gate('SpatialGate', 'hw')
+FCA = {'fc.0.weight': 'fc1.weight', 'fc.2.weight': 'fc2.weight'}
+COORD = _wb('conv1', 'conv1') | _bn('bn1', 'bn1') | _wb('conv_h', 'conv_h') | _wb('conv_w', 'conv_w')
+
+
+def _gc(official: str, ours: str) -> dict[str, str]:
+    parts = {'0': 'fc1', '1': 'norm', '3': 'fc2'}
+    mlp = {k: v for theirs, mine in parts.items() for k, v in _wb(f'{official}.{theirs}', f'{ours}.{mine}').items()}
+    return _wb('conv_mask', 'conv_attn') | mlp
+
+
+SCSE = _wb('cSE.fc1', 'fc1') | _wb('cSE.fc2', 'fc2') | _wb('sSE.conv', 'conv')
+GCT = {key: key for key in ('alpha', 'gamma', 'beta')}
+EMA = _wb('gn', 'gn') | _wb('conv1x1', 'conv1x1') | _wb('conv3x3', 'conv3x3')
+SGE = {'weight': 'weight', 'bias': 'bias'}
+NL = (
+    _wb('g.conv', 'g')
+    | _wb('theta.conv', 'theta')
+    | _wb('phi.conv', 'phi')
+    | {'conv_out.conv.weight': 'conv_out.weight'}
+    | _bn('conv_out.bn', 'bn')
+)
+SCSA = (
+    _wb('local_dwc', 'conv3')
+    | _wb('global_dwc_s', 'conv5')
+    | _wb('global_dwc_m', 'conv7')
+    | _wb('global_dwc_l', 'conv9')
+    | _wb('norm_h', 'norm_h')
+    | _wb('norm_w', 'norm_w')
+    | _wb('norm', 'norm')
+    | {f'{part}.weight': f'{part}.weight' for part in 'qkv'}
+)
 
 OFFICIAL = {
     'se_bias': Official('se', SE_BIAS),
@@ -119,6 +150,20 @@ OFFICIAL = {
     'triplet': Official('triplet', TRIPLET),
     'triplet_nonsquare': Official('triplet', TRIPLET),
     'triplet_nospatial': Official('triplet', TRIPLET_ROTATED, {'spatial': False}),
+    **{f'fca_dct{size}': Official('fca', FCA, {'dct_size': size}) for size in (7, 14, 28, 56)},
+    'coord': Official('coord', COORD),
+    'gc_add': Official('gc', _gc('channel_add_conv', 'mlp_add')),
+    'gc_mul': Official('gc', _gc('channel_mul_conv', 'mlp_scale'), {'fuse': 'mul'}),
+    'scse': Official('scse', SCSE),
+    'gct': Official('gct', GCT),
+    'ema': Official('ema', EMA),
+    'sge_g8': Official('sge', SGE, {'groups': 8}),
+    'sge_g64': Official('sge', SGE),
+    'nl': Official('nl', NL),
+    'scsa': Official('scsa', SCSA),
+    'scsa_h8': Official('scsa', SCSA, {'num_heads': 8}),
+    'simam': Official('simam', {}),
+    'simam_l01': Official('simam', {}, {'e_lambda': 0.1}),
 }
 
 

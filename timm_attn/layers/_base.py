@@ -57,7 +57,7 @@ class Attention(nn.Module):
     Attributes:
         gain: Plain number that multiplies the gate; 1 unless injected with the identity start. The state dict holds it
             under this name where it is not 1, so that equal keys and tensors compute the same.
-        neutral_gate: The constant that the neutral state multiplies by.
+        neutral_gate: The constant that the neutral state multiplies by; None where there is no such state.
         kinds: Key of `gates(x)` -> what it is, in the order in which pictures show them.
         keywords: What the Hub's tags say besides what `kinds` tell, such as 'self-attention'.
         no_warm_start: Why a plain network's weights cannot start a registered model; empty where they can.
@@ -74,7 +74,7 @@ class Attention(nn.Module):
     statistics: ClassVar[tuple[str, ...]] = ()
     gain: float
 
-    def __init__(self, neutral_gate: float) -> None:
+    def __init__(self, neutral_gate: float | None) -> None:
         super().__init__()
         self.neutral_gate = neutral_gate
         self.gain = 1.0
@@ -139,7 +139,11 @@ class Attention(nn.Module):
 
     @torch.jit.ignore()
     def init_neutral(self) -> None:
-        """Zeroes the last layer of each gate, so that the module multiplies by `neutral_gate`."""
+        """Zeroes the last layer of each gate, so that the module multiplies by `neutral_gate`.
+
+        Raises:
+            ValueError: The attention has no neutral state.
+        """
         raise NotImplementedError
 
     @torch.jit.ignore()

@@ -9,7 +9,7 @@ import torch
 
 from ._base import Attention
 
-PLACEMENTS = ('block', 'last_block', 'stage', 'conv')
+PLACEMENTS = ('block', 'last_block', 'one_block', 'stage', 'conv2', 'conv')
 
 T = TypeVar('T', bound=type[Attention])
 
@@ -22,13 +22,16 @@ class AttnSpec:
         name: The registry's name.
         cls: The module class.
         placement: 'block' (end of each residual branch), 'last_block' (the same, in the last block of each stage),
-            'stage' (after each stage but the last) or 'conv' (in place of a block's 3x3 convolution).
+            'one_block' (the same, in the last block but one of the last stage but one), 'stage' (after each stage but
+            the last), 'conv2' (between each block's second convolution and its BatchNorm) or 'conv' (in place of a
+            block's 3x3 convolution).
         title: Title of the paper.
         authors: Authors, joined by ' and ' as bibtex wants them.
         year: Year of the venue.
         venue: Where it appeared.
         paper: Link to the paper.
         code: Link to the code that the default follows; empty where the module is this project's own.
+        licence: Of that code, by its SPDX name, or 'none stated'; empty where there is no code.
     """
 
     name: str
@@ -40,6 +43,7 @@ class AttnSpec:
     venue: str
     paper: str
     code: str
+    licence: str = ''
 
     @property
     def bibtex(self) -> str:
@@ -64,6 +68,7 @@ def register_attn(
     venue: str,
     paper: str,
     code: str,
+    licence: str = '',
 ) -> Callable[[T], T]:
     """Puts a class into the registry under `name`; the other arguments are the fields of `AttnSpec`.
 
@@ -76,7 +81,7 @@ def register_attn(
     def register(cls: T) -> T:
         if name in _ATTENTIONS:
             raise ValueError(f"Attention '{name}' is registered already, by {_ATTENTIONS[name].cls.__module__}.")
-        _ATTENTIONS[name] = AttnSpec(name, cls, placement, title, authors, year, venue, paper, code)
+        _ATTENTIONS[name] = AttnSpec(name, cls, placement, title, authors, year, venue, paper, code, licence)
         return cls
 
     return register

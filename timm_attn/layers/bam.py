@@ -27,6 +27,7 @@ from ._registry import register_attn
     venue='BMVC',
     paper='https://arxiv.org/abs/1807.06514',
     code='https://github.com/Jongchan/attention-module',
+    licence='MIT',
 )
 class BAM(Attention):
     """Multiplies by 1 + s(Mc * Ms), a channel branch and a dilated spatial branch, between two stages.

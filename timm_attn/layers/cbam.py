@@ -26,6 +26,7 @@ from ._registry import register_attn
     venue='ECCV',
     paper='https://arxiv.org/abs/1807.06521',
     code='https://github.com/Jongchan/attention-module',
+    licence='MIT',
 )
 class CBAM(Attention):
     """Gates channels by their mean and maximum, then pixels by the mean and maximum over channels.

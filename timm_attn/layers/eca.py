@@ -28,6 +28,7 @@ from ._registry import register_attn
     venue='CVPR',
     paper='https://arxiv.org/abs/1910.03151',
     code='https://github.com/BangguWu/ECANet',
+    licence='MIT',
 )
 class ECA(Attention):
     """Gates each channel by a 1-D convolution over the means of its neighbours.

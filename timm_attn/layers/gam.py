@@ -38,6 +38,7 @@ def channel_shuffle(x: Tensor, groups: int) -> Tensor:
     venue='arXiv:2112.05561',
     paper='https://arxiv.org/abs/2112.05561',
     code='https://github.com/northBeggar/Plug-and-Play',
+    licence='none stated',
 )
 class GAM(Attention):
     """Gates by a two-layer function of the channels at each pixel, then by two 7x7 convolutions; nothing is pooled.

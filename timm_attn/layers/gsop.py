@@ -28,6 +28,7 @@ from ._registry import register_attn
     venue='CVPR',
     paper='https://arxiv.org/abs/1811.12006',
     code='https://github.com/ZilinGao/Global-Second-order-Pooling-Convolutional-Networks',
+    licence='MIT',
 )
 class GSoP(Attention):
     """Gates each channel by a function of the covariance of all (reduced) channels.

@@ -27,6 +27,7 @@ from ._registry import register_attn
     venue='CVPR',
     paper='https://arxiv.org/abs/1709.01507',
     code='https://github.com/hujie-frank/SENet',
+    licence='Apache-2.0',
 )
 class SqueezeExcite(Attention):
     """Gates each channel by a two-layer function of all channel means.

@@ -33,6 +33,7 @@ _FORMS = {
     venue='CVPR',
     paper='https://arxiv.org/abs/1903.06586',
     code='https://github.com/implus/PytorchInsight',
+    licence='none stated',
 )
 class SelectiveKernel(Attention):
     """Mixes two 3x3 convolutions by a softmax over the branches, channel by channel; replaces conv, BN and ReLU.

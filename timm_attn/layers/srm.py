@@ -29,6 +29,7 @@ from ._registry import register_attn
     venue='ICCV',
     paper='https://arxiv.org/abs/1903.10829',
     code='https://github.com/hyunjaelee410/style-based-recalibration-module',
+    licence='none stated',
 )
 class SRM(Attention):
     """Gates each channel by its own mean and standard deviation.

@@ -58,6 +58,7 @@ class PlaneGate(nn.Module):
     venue='WACV',
     paper='https://arxiv.org/abs/2010.03045',
     code='https://github.com/landskape-ai/triplet-attention',
+    licence='MIT',
 )
 class TripletAttention(Attention):
     """Multiplies by the mean of three gates, over the (C, W), (H, C) and (H, W) planes.

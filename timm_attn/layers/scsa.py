@@ -1,0 +1,174 @@
+"""Spatial and channel synergistic attention.
+
+Paper: SCSA: Exploring the Synergistic Effects Between Spatial and Channel Attention (Neurocomputing 2025),
+       https://arxiv.org/abs/2407.05128
+Code:  https://github.com/HZAI-ZJNU/SCSA @8c46866
+
+The official networks have it in the middle of each block; here it stands where SE does. The code fails on maps smaller
+than its window; here the window shrinks with them. Energies and softmax are taken in float32.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ._base import Attention, Gate
+from ._precision import matmul_upcast, upcast
+from ._registry import register_attn
+
+
+@torch.fx.wrap
+def _cells(x: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Means of windows side by side, of the whole map where it is smaller than one.
+
+    Args:
+        x: (N, C, H, W).
+        window: Side of the windows.
+
+    Returns:
+        (N, C, rows, columns), and which of them count (rows, columns), as numbers: a remainder does not.
+    """
+    h, w = x.shape[2], x.shape[3]
+    if not torch.jit.is_scripting():
+        if torch.compiler.is_compiling():
+            # Further windows that do not count: a number of windows that may be 1 on one map and not on the next is
+            # no size of a tensor to a compiler.
+            pad = (0, 2 * window - 1, 0, 2 * window - 1)
+            inside = F.avg_pool2d(F.pad(x.new_ones(1, 1, h, w), pad), window)  # share of each window in the map
+            y = F.avg_pool2d(F.pad(x, pad), window) / inside.clamp(min=1 / (2 * window * window))
+            row, column = (torch.arange(n, device=x.device) for n in y.shape[2:])
+            rows, columns = (row + 1) * window <= h, (column + 1) * window <= w
+            rows, columns = rows | (row == 0), columns | (column == 0)
+            return y, (rows[:, None] & columns).to(x.dtype)
+    y = F.avg_pool2d(x, window, ceil_mode=True)[:, :, : max(h // window, 1), : max(w // window, 1)]
+    return y, torch.ones(y.shape[2], y.shape[3], dtype=x.dtype, device=x.device)
+
+
+class CellNorm(nn.GroupNorm):
+    """A GroupNorm of one group over the cells that count.
+
+    Args:
+        channels: Channels C of the (N, C, rows, columns) input.
+    """
+
+    def __init__(
+        self, channels: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(1, channels, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, counts: Tensor) -> Tensor:
+        n = counts.sum() * input.shape[1]
+        mean = (input * counts).sum((1, 2, 3), keepdim=True) / n  # (N, 1, 1, 1)
+        centred = (input - mean) * counts
+        var = centred.square().sum((1, 2, 3), keepdim=True) / n
+        y = centred * (var + self.eps).rsqrt() * self.weight[:, None, None] + self.bias[:, None, None]
+        return y * counts
+
+
+@register_attn(
+    'scsa',
+    placement='block',
+    title='SCSA: Exploring the Synergistic Effects Between Spatial and Channel Attention',
+    authors='Si, Yunzhong and Xu, Huiying and Zhu, Xinzhong and Zhang, Wenhao and Dong, Yao and others',
+    year=2025,
+    venue='Neurocomputing',
+    paper='https://arxiv.org/abs/2407.05128',
+    code='https://github.com/HZAI-ZJNU/SCSA',
+    licence='Apache-2.0',
+)
+class SCSA(Attention):
+    """Gates rows and columns by their neighbours' means, then channels by self-attention among channels.
+
+    Args:
+        channels: Channels C of the (N, C, H, W) input.
+        num_heads: Heads that share the channels.
+        window_size: Side of the windows whose means the self-attention sees; less on smaller maps.
+
+    Raises:
+        ValueError: 4 or `num_heads` does not divide the channels, or `window_size` is not positive.
+    """
+
+    kinds: ClassVar[Mapping[str, Gate]] = {
+        'channel': Gate('C', 'channel'),
+        'hc': Gate('HC', 'rows x channels'),
+        'cw': Gate('CW', 'channels x columns'),
+        'matrix': Gate('KCC', 'channel to channel', multiplies=False),
+    }
+    keywords = ('self-attention',)
+    __constants__ = ('num_heads', 'window_size')
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int = 1,
+        window_size: int = 7,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(neutral_gate=0.125)
+        if channels < 4 or channels % 4:
+            raise ValueError(f'channels (={channels}) must be divisible by 4, one part for each kernel.')
+        if num_heads < 1 or channels % num_heads:
+            raise ValueError(f'num_heads (={num_heads}) must divide the channels (={channels}).')
+        if window_size < 1:
+            raise ValueError(f'window_size (={window_size}) must be positive.')
+        self.num_heads, self.window_size = num_heads, window_size
+        part = channels // 4
+        self.conv3 = nn.Conv1d(part, part, 3, padding=1, groups=part, **dd)
+        self.conv5 = nn.Conv1d(part, part, 5, padding=2, groups=part, **dd)
+        self.conv7 = nn.Conv1d(part, part, 7, padding=3, groups=part, **dd)
+        self.conv9 = nn.Conv1d(part, part, 9, padding=4, groups=part, **dd)
+        self.norm_h = nn.GroupNorm(4, channels, **dd)
+        self.norm_w = nn.GroupNorm(4, channels, **dd)
+        self.norm = CellNorm(channels, **dd)
+        self.q = nn.Conv2d(channels, channels, 1, groups=channels, bias=False, **dd)
+        self.k = nn.Conv2d(channels, channels, 1, groups=channels, bias=False, **dd)
+        self.v = nn.Conv2d(channels, channels, 1, groups=channels, bias=False, **dd)
+
+    @torch.jit.ignore()
+    def init_neutral(self) -> None:
+        for norm in (self.norm_h, self.norm_w):
+            nn.init.zeros_(norm.weight)
+            nn.init.zeros_(norm.bias)
+        nn.init.zeros_(self.v.weight)
+
+    def neighbours(self, strip: Tensor) -> Tensor:  # (N, C, L)
+        a, b, c, d = strip.chunk(4, 1)
+        return torch.cat([self.conv3(a), self.conv5(b), self.conv7(c), self.conv9(d)], 1)
+
+    def row_and_column_gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        a_h = self.norm_h(self.neighbours(x.mean(3))).sigmoid()  # (N, C, H)
+        a_w = self.norm_w(self.neighbours(x.mean(2))).sigmoid()  # (N, C, W)
+        return a_h.to(x.dtype), a_w.to(x.dtype)
+
+    def matrix_and_channel_gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, counts = _cells(upcast(x), self.window_size)
+        y = self.norm(y, counts).to(self.q.weight.dtype)  # (N, C, rows, columns), 0 where none counts
+        heads = (self.num_heads, -1)
+        q = self.q(y).flatten(2).unflatten(1, heads)  # (N, heads, d, cells)
+        k = self.k(y).flatten(2).unflatten(1, heads)
+        v = self.v(y).flatten(2).unflatten(1, heads)
+        energy = matmul_upcast(q, k.transpose(2, 3)) * (x.shape[1] // self.num_heads) ** -0.5
+        matrix = energy.softmax(3)  # (N, heads, d, d)
+        o = matmul_upcast(matrix, v).sum(3) / counts.sum()  # (N, heads, d)
+        return matrix, o.sigmoid().flatten(1)[:, :, None, None].to(x.dtype)  # (N, C, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a_h, a_w = self.row_and_column_gates(x)
+        gate = a_h[:, :, :, None] * a_w[:, :, None]  # (N, C, H, W)
+        channel = self.matrix_and_channel_gate(x * gate)[1]
+        # Gates meet each other before x, so that small numbers of half precision come back whole from the identity.
+        return x * (gate * (channel * self.gain))
+
+    @torch.jit.ignore()
+    def gates(self, x: Tensor) -> dict[str, Tensor]:
+        """'hc' (N, H, C), 'cw' (N, C, W), 'matrix' (N, heads, d, d) and 'channel' (N, C)."""
+        a_h, a_w = self.row_and_column_gates(x)
+        matrix, channel = self.matrix_and_channel_gate(x * a_h[:, :, :, None] * a_w[:, :, None])
+        return {'channel': channel.flatten(1), 'hc': a_h.transpose(1, 2), 'cw': a_w, 'matrix': matrix}
