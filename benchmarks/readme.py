@@ -11,7 +11,7 @@ from pathlib import Path
 
 from timm_attn import get_attn, list_attn
 from timm_attn.bench import OURS, fastest_peer, kinds
-from timm_attn.cli.list import PLACES, markdown_table, models_table
+from timm_attn.cli.list import markdown_table, models_table
 from timm_attn.weights import TAGS, weights_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,9 +24,7 @@ def attentions_table() -> str:
     rows = []
     for name in list_attn():
         spec = get_attn(name)
-        rows.append(
-            (f'`{name}`', f'[{spec.title}]({spec.paper})', PLACES[spec.placement], 'yes' if name in trained else '-')
-        )
+        rows.append((f'`{name}`', f'[{spec.title}]({spec.paper})', spec.place, 'yes' if name in trained else '-'))
     return markdown_table(('name', 'paper', 'place in a ResNet', 'trained weights'), rows)
 
 

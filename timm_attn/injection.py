@@ -230,6 +230,30 @@ def _last_block_sites(model: nn.Module, fmt: str) -> list[Site]:
     return list({site.owner.rpartition('.')[0]: site for site in _block_sites(model, fmt)}.values())
 
 
+def _one_block_sites(model: nn.Module, fmt: str) -> list[Site]:
+    stages: dict[str, list[Site]] = {}
+    for site in _block_sites(model, fmt):
+        stages.setdefault(site.owner.rpartition('.')[0], []).append(site)
+    # As the paper has it: before the last block of the stage whose maps are 14 x 14 at 224 pixels.
+    stage = list(stages.values())[-2:][0]
+    return stage[-2:][:1]
+
+
+def _conv2_sites(model: nn.Module, fmt: str) -> list[Site]:
+    sites = [
+        _output_site(f'{name}.conv2', conv, fmt)
+        for name, block in _base_modules(model).items()
+        if isinstance(conv := getattr(block, 'conv2', None), nn.Conv2d) and hasattr(block, 'bn2')
+    ]
+    if not sites:
+        raise ValueError(
+            f"{type(model).__name__} has no block with a convolution 'conv2' and its BatchNorm 'bn2', between which "
+            'this attention goes: say with `at` which modules it shall follow. Families that have such blocks: resnet, '
+            'resnext, wide_resnet.'
+        )
+    return sites
+
+
 def _stage_sites(model: nn.Module, fmt: str) -> list[Site]:
     # feature_info lists the stem, then every stage; attention follows each stage but the last.
     infos = list(getattr(model, 'feature_info', ()))[1:-1]
@@ -252,6 +276,8 @@ def _stage_sites(model: nn.Module, fmt: str) -> list[Site]:
 _SITES: dict[str, Callable[[nn.Module, str], list[Site]]] = {
     'block': _block_sites,
     'last_block': _last_block_sites,
+    'one_block': _one_block_sites,
+    'conv2': _conv2_sites,
     'stage': _stage_sites,
 }
 

@@ -1,8 +1,8 @@
 """The layers against the outputs, gradients and buffers of the authors' own code.
 
 Every `*_module.safetensors` in the folder named by TIMM_ATTN_GOLDEN (default: tests/golden, whose README names the
-source of each file) is checked in float64. A file holds a state dict under the official names (`sd/`, none for an attention without
-parameters) and one or more cases, named by the size of their map (`7x7/`, `10x6/`, ...).
+source of each file) is checked in float64. A file holds a state dict under the official names (`sd/`, none for an
+attention without parameters) and one or more cases, named by the size of their map (`7x7/`, `10x6/`, ...).
 """
 
 import os

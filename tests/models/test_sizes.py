@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_attn import list_attn
+from timm_attn import inject, list_attn
 from timm_attn.models import cifar_stem_
 
 DEPTH_152 = {'layers': (3, 8, 36, 3)}
@@ -83,6 +83,46 @@ SIZES: list[tuple[str, dict[str, Any], int, int]] = [
     ('sk_resnet101', DEPTH_152, 61_760_000, 11_694_876_928),
     ('sk_resnext50_32x4d', {}, 27_479_784, 4_462_710_784),
     ('sk_resnext101_32x4d', {}, 48_736_040, 8_448_724_992),
+    # FCA's transform is a product and a sum, which are not counted.
+    ('fca_resnet34', {}, 21_954_856, 3_663_918_592),
+    ('fca_resnet50', {}, 28_071_976, 4_091_699_200),
+    ('fca_resnet101', {}, 49_292_328, 7_806_148_608),
+    ('fca_resnet152', {}, 66_770_984, 11_520_204_800),
+    ('coord_resnet18', {}, 11_764_248, 1_815_220_224),
+    ('coord_resnet50', {}, 27_474_864, 4_116_250_624),
+    ('gc_resnet18', {}, 11_780_760, 1_815_665_664),
+    ('gc_resnet50', {}, 28_105_032, 4_102_737_920),
+    ('gc_resnet50', {'attn_args': {'fuse': 'mul'}}, 28_105_032, 4_102_737_920),
+    ('scse_resnet18', {}, 11_780_520, 1_814_913_024),
+    ('scse_resnet50', {}, 28_103_144, 4_097_218_560),
+    ('scse_resnet18', {'attn_args': {'rd_ratio': 1 / 2}}, 12_390_640, 1_815_522_304),
+    ('scse_resnet50', {'attn_args': {'rd_ratio': 1 / 2}}, 45_714_360, 4_114_823_168),
+    ('gct_resnet18', {}, 11_695_272, PLAIN[18][1]),
+    ('gct_resnet50', {}, 25_602_344, PLAIN[50][1]),
+    ('ema_resnet18', {}, 11_696_552, 1_844_910_080),
+    ('ema_resnet50', {}, 25_755_400, 5_038_600_192),
+    ('ema_resnet18', {'attn_args': {'groups': 8}}, 11_799_272, 1_932_904_448),
+    ('ema_resnet50', {'attn_args': {'groups': 8}}, 28_708_264, 7_853_731_840),
+    ('sge_resnet18', {}, 11_690_536, PLAIN[18][1]),
+    ('sge_resnet50', {}, 25_559_080, PLAIN[50][1]),
+    # One block of C channels and M pixels: 4Ch + 3h + 2C parameters and 2C²M + CM² multiplications, h = C / 2.
+    ('nl_resnet18', {}, 11_821_480, 1_849_597_952),
+    ('nl_resnet50', {}, 27_657_768, 4_539_564_032),
+    ('scsa_resnet18', {}, 11_720_232, 1_818_657_792),
+    ('scsa_resnet50', {}, 25_798_696, 4_226_492_416),
+    ('simam_resnet18', {}, *PLAIN[18]),
+    ('simam_resnet50', {}, *PLAIN[50]),
+]
+# Other depths and places of the same modules, into timm's plain nets.
+INJECTED: list[tuple[str, int, dict[str, Any], int, int]] = [
+    ('coord', 34, {}, 21_933_168, 3_665_940_480),
+    ('gc', 34, {}, 21_963_132, 3_666_678_272),
+    ('scse', 34, {'rd_ratio': 1 / 16}, 21_962_660, 3_665_298_432),
+    ('gct', 34, {}, 21_809_000, PLAIN[34][1]),
+    ('ema', 34, {}, 21_810_424, 3_725_169_664),
+    ('sge', 34, {}, 21_799_720, PLAIN[34][1]),
+    ('scsa', 34, {}, 21_858_088, 3_672_922_624),
+    ('simam', 34, {'e_lambda': 0.1}, *PLAIN[34]),
 ]
 
 
@@ -123,6 +163,14 @@ def test_size_is_that_of_the_published_net(
     assert macs(model) == multiplications
 
 
+@pytest.mark.parametrize(('name', 'depth', 'args', 'params', 'multiplications'), INJECTED)
+def test_size_of_an_injected_net_is_the_counted_one(
+    name: str, depth: int, args: dict[str, Any], params: int, multiplications: int
+) -> None:
+    model = inject(meta(f'resnet{depth}'), name, start='paper', **args)
+    assert (parameters(model), macs(model)) == (params, multiplications)
+
+
 def test_every_published_model_has_its_size_here() -> None:
     """Channel self-attention is the project's own: its sizes are counted by hand below."""
     ours = timm.list_models(module='attn_resnet') + timm.list_models(module='sk_resnet')
@@ -151,7 +199,7 @@ def test_cifar_stem_has_the_known_size(depth: int) -> None:
 
 @pytest.mark.parametrize('name', list_attn())
 def test_cifar_stem_adds_the_same_attention(name: str) -> None:
-    depth = 50 if name in ('gsop', 'sk') else 18
+    depth = {'gsop': 50, 'sk': 50, 'fca': 34}.get(name, 18)
     attention = parameters(meta(f'{name}_resnet{depth}')) - PLAIN[depth][0]
     model = meta(f'{name}_resnet{depth}', num_classes=100, cifar_stem=True)
     assert parameters(model) == PLAIN_CIFAR100[depth][0] + attention

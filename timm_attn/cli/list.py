@@ -27,21 +27,13 @@ def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 
-PLACES = {
-    'block': 'end of each residual branch',
-    'last_block': 'end of the branch, last block of each stage',
-    'stage': 'after each stage but the last',
-    'conv': 'in place of the 3x3 convolution',
-}
-
-
 def attentions_table() -> str:
     """The attentions as Markdown: name, place, options, paper."""
     rows = []
     for name in list_attn():
         spec = get_attn(name)
         options = ', '.join(f'`{a}`' for a in accepted_args(name)) or 'none'
-        rows.append((f'`{name}`', spec.cls.__name__, PLACES[spec.placement], options, f'[{spec.year}]({spec.paper})'))
+        rows.append((f'`{name}`', spec.cls.__name__, spec.place, options, f'[{spec.year}]({spec.paper})'))
     return markdown_table(('name', 'class', 'place', 'options', 'paper'), rows)
 
 

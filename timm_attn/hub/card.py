@@ -228,15 +228,9 @@ def _details(config: Config, facts: Mapping[str, Any], input_size: Sequence[int]
     found: dict[str, Any] = {'Type': 'image classification', 'Architecture': config.architecture}
     if facts['attn']:
         spec = get_attn(facts['attn'])
-        where = {
-            'block': 'at the end of each residual branch',
-            'last_block': 'in the last block of each stage',
-            'stage': 'after each stage but the last',
-            'conv': "in place of each block's 3x3 convolution",
-        }
         found['Attention'] = f'{spec.cls.__name__} ({facts["attn"]})'
         if 'resne' in config.architecture:
-            found['Attention'] += f', {where[spec.placement]}'
+            found['Attention'] += f', {spec.place}'
         if facts['attn_args']:
             found['Attention options'] = facts['attn_args']
     found['Classes'] = config.num_classes

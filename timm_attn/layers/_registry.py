@@ -9,7 +9,15 @@ import torch
 
 from ._base import Attention
 
-PLACEMENTS = ('block', 'last_block', 'one_block', 'stage', 'conv2', 'conv')
+# Placement -> where that is in a ResNet.
+PLACEMENTS = {
+    'block': 'at the end of each residual branch',
+    'last_block': 'in the last block of each stage',
+    'one_block': 'in the last block but one of stage 3',
+    'stage': 'after each stage but the last',
+    'conv2': "between each block's second convolution and its BatchNorm",
+    'conv': "in place of each block's 3x3 convolution",
+}
 
 T = TypeVar('T', bound=type[Attention])
 
@@ -21,10 +29,7 @@ class AttnSpec:
     Attributes:
         name: The registry's name.
         cls: The module class.
-        placement: 'block' (end of each residual branch), 'last_block' (the same, in the last block of each stage),
-            'one_block' (the same, in the last block but one of the last stage but one), 'stage' (after each stage but
-            the last), 'conv2' (between each block's second convolution and its BatchNorm) or 'conv' (in place of a
-            block's 3x3 convolution).
+        placement: One of `PLACEMENTS`.
         title: Title of the paper.
         authors: Authors, joined by ' and ' as bibtex wants them.
         year: Year of the venue.
@@ -44,6 +49,11 @@ class AttnSpec:
     paper: str
     code: str
     licence: str = ''
+
+    @property
+    def place(self) -> str:
+        """Where it stands in a ResNet, in words."""
+        return PLACEMENTS[self.placement]
 
     @property
     def bibtex(self) -> str:

@@ -18,6 +18,7 @@ from ._base import Attention, Gate, check_choice
 from ._precision import upcast
 from ._registry import register_attn
 
+
 @register_attn(
     'gct',
     placement='block',

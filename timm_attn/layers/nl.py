@@ -4,9 +4,9 @@ Paper: Non-local Neural Networks (CVPR 2018), https://arxiv.org/abs/1711.07971
 Code:  https://github.com/open-mmlab/mmcv @a8073c7, `NonLocal2d(norm_cfg=dict(type='BN'))`, which is the block of the
        authors' Caffe2 code (CC BY-NC 4.0) but for a bias before its BatchNorm
 
-Embedded Gaussian, energies divided by the root of the hidden width, BatchNorm whose weight starts at 0. The attention is
-a matrix of pixels by pixels, taken in float32: at 224 x 224 it has 9.8 million entries an image in the first stage of a
-ResNet, so the registered models have one block, on 14 x 14 maps.
+Embedded Gaussian, energies divided by the root of the hidden width, BatchNorm whose weight starts at 0. The attention
+is a matrix of pixels by pixels, taken in float32: at 224 x 224 it has 9.8 million entries an image in the first stage
+of a ResNet, so the registered models have one block, on 14 x 14 maps.
 """
 
 from collections.abc import Mapping

@@ -33,17 +33,16 @@ def _cells(x: Tensor, window: int) -> tuple[Tensor, Tensor]:
         (N, C, rows, columns), and which of them count (rows, columns), as numbers: a remainder does not.
     """
     h, w = x.shape[2], x.shape[3]
-    if not torch.jit.is_scripting():
-        if torch.compiler.is_compiling():
-            # Further windows that do not count: a number of windows that may be 1 on one map and not on the next is
-            # no size of a tensor to a compiler.
-            pad = (0, 2 * window - 1, 0, 2 * window - 1)
-            inside = F.avg_pool2d(F.pad(x.new_ones(1, 1, h, w), pad), window)  # share of each window in the map
-            y = F.avg_pool2d(F.pad(x, pad), window) / inside.clamp(min=1 / (2 * window * window))
-            row, column = (torch.arange(n, device=x.device) for n in y.shape[2:])
-            rows, columns = (row + 1) * window <= h, (column + 1) * window <= w
-            rows, columns = rows | (row == 0), columns | (column == 0)
-            return y, (rows[:, None] & columns).to(x.dtype)
+    if not torch.jit.is_scripting() and torch.compiler.is_compiling():
+        # Further windows that do not count: a number of windows that may be 1 on one map and not on the next is
+        # no size of a tensor to a compiler.
+        pad = (0, 2 * window - 1, 0, 2 * window - 1)
+        inside = F.avg_pool2d(F.pad(x.new_ones(1, 1, h, w), pad), window)  # share of each window in the map
+        y = F.avg_pool2d(F.pad(x, pad), window) / inside.clamp(min=1 / (2 * window * window))
+        row, column = (torch.arange(n, device=x.device) for n in y.shape[2:])
+        rows, columns = (row + 1) * window <= h, (column + 1) * window <= w
+        rows, columns = rows | (row == 0), columns | (column == 0)
+        return y, (rows[:, None] & columns).to(x.dtype)
     y = F.avg_pool2d(x, window, ceil_mode=True)[:, :, : max(h // window, 1), : max(w // window, 1)]
     return y, torch.ones(y.shape[2], y.shape[3], dtype=x.dtype, device=x.device)
 

@@ -1,14 +1,31 @@
 """How every registered model is built: timm's builder, with our weights and merged attention options."""
 
 import functools
+import sys
+from collections.abc import Callable
 from typing import Any, TypeVar
 
-from timm.models import build_model_with_cfg
+import timm.models
+from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import nn
 
-from ..weights import checkpoint_filter_fn
+from ..weights import cfgs_of, checkpoint_filter_fn
 
 M = TypeVar('M', bound=nn.Module)
+F = TypeVar('F', bound=Callable[..., nn.Module])
+
+
+def register_model(fn: F) -> F:
+    """timm's, after the configs of the model's tags are in its module's `default_cfgs`, where timm looks for them.
+
+    Args:
+        fn: The function that builds the model; its name is the model's. Its module may have facts for all its configs,
+            `CFG`, and configs of its own.
+    """
+    module = sys.modules[fn.__module__]
+    cfgs = generate_default_cfgs(cfgs_of([fn.__name__], **getattr(module, 'CFG', {})))
+    module.default_cfgs = cfgs | module.default_cfgs
+    return timm.models.register_model(fn)
 
 
 def build(cls: type[M], variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> M:

@@ -1,20 +1,21 @@
 """ResNets with attention: timm's ResNet, attention injected at construction.
 
 Every name is `<attention>_resnet<depth>`. The attention goes to the end of each residual branch, before the addition;
-BAM follows stages 1 to 3; GSoP sits in the last block of each stage.
+BAM follows stages 1 to 3; GSoP sits in the last block of each stage; the non-local block is one, in stage 3; SimAM
+stands between conv2 and bn2.
 """
 
 from typing import Any
 
 import torch
-from timm.models import generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from ..injection import inject
 from ..layers import attn_sites
 from ..weights import cfgs_of
-from ._build import build
+from ._build import build, register_model
 
 __all__ = ['AttnResNet', 'cifar_stem_']
 
@@ -115,78 +116,44 @@ def _create_attn_resnet(variant: str, pretrained: bool, kwargs: dict[str, Any], 
     return build(AttnResNet, variant, pretrained, defaults, kwargs)
 
 
-default_cfgs = generate_default_cfgs(
-    cfgs_of(
-        [
-            'se_resnet18',
-            'se_resnet34',
-            'se_resnet50',
-            'se_resnet101',
-            'se_resnet152',
-            'eca_resnet18',
-            'eca_resnet34',
-            'eca_resnet50',
-            'eca_resnet101',
-            'eca_resnet152',
-            'srm_resnet18',
-            'srm_resnet34',
-            'srm_resnet50',
-            'srm_resnet101',
-            'srm_resnet152',
-            'cbam_resnet18',
-            'cbam_resnet34',
-            'cbam_resnet50',
-            'cbam_resnet101',
-            'bam_resnet18',
-            'bam_resnet34',
-            'bam_resnet50',
-            'bam_resnet101',
-            'gam_resnet18',
-            'gam_resnet34',
-            'gam_resnet50',
-            'gam_resnet101',
-            'triplet_resnet18',
-            'triplet_resnet34',
-            'triplet_resnet50',
-            'triplet_resnet101',
-            'csa_resnet18',
-            'csa_resnet34',
-            'csa_resnet50',
-        ]
-    )
-    # The last stage keeps the resolution.
-    | cfgs_of(['gsop_resnet50', 'gsop_resnet101'], pool_size=(14, 14))
-)
+RESNET18: dict[str, Any] = dict(block=BasicBlock, layers=(2, 2, 2, 2))
+RESNET34: dict[str, Any] = dict(block=BasicBlock, layers=(3, 4, 6, 3))
+RESNET50: dict[str, Any] = dict(block=Bottleneck, layers=(3, 4, 6, 3))
+RESNET101: dict[str, Any] = dict(block=Bottleneck, layers=(3, 4, 23, 3))
+RESNET152: dict[str, Any] = dict(block=Bottleneck, layers=(3, 8, 36, 3))
+
+# The others are filled in by register_model. GSoP's last stage keeps the resolution.
+default_cfgs: dict[str, Any] = generate_default_cfgs(cfgs_of(['gsop_resnet50', 'gsop_resnet101'], pool_size=(14, 14)))
 
 
 @register_model
 def se_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """SE-ResNet-18, hidden width C // 16 - https://arxiv.org/abs/1709.01507"""
-    return _create_attn_resnet('se_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), attn='se')
+    return _create_attn_resnet('se_resnet18', pretrained, kwargs, **RESNET18, attn='se')
 
 
 @register_model
 def se_resnet34(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """SE-ResNet-34, hidden width C // 16 - https://arxiv.org/abs/1709.01507"""
-    return _create_attn_resnet('se_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), attn='se')
+    return _create_attn_resnet('se_resnet34', pretrained, kwargs, **RESNET34, attn='se')
 
 
 @register_model
 def se_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """SE-ResNet-50, hidden width C // 16 - https://arxiv.org/abs/1709.01507"""
-    return _create_attn_resnet('se_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), attn='se')
+    return _create_attn_resnet('se_resnet50', pretrained, kwargs, **RESNET50, attn='se')
 
 
 @register_model
 def se_resnet101(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """SE-ResNet-101, hidden width C // 16 - https://arxiv.org/abs/1709.01507"""
-    return _create_attn_resnet('se_resnet101', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3), attn='se')
+    return _create_attn_resnet('se_resnet101', pretrained, kwargs, **RESNET101, attn='se')
 
 
 @register_model
 def se_resnet152(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """SE-ResNet-152, hidden width C // 16 - https://arxiv.org/abs/1709.01507"""
-    return _create_attn_resnet('se_resnet152', pretrained, kwargs, block=Bottleneck, layers=(3, 8, 36, 3), attn='se')
+    return _create_attn_resnet('se_resnet152', pretrained, kwargs, **RESNET152, attn='se')
 
 
 @register_model
@@ -196,8 +163,7 @@ def eca_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
         'eca_resnet18',
         pretrained,
         kwargs,
-        block=BasicBlock,
-        layers=(2, 2, 2, 2),
+        **RESNET18,
         attn='eca',
         attn_args=dict(kernel_size=[3, 5, 7, 7]),
     )
@@ -210,8 +176,7 @@ def eca_resnet34(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
         'eca_resnet34',
         pretrained,
         kwargs,
-        block=BasicBlock,
-        layers=(3, 4, 6, 3),
+        **RESNET34,
         attn='eca',
         attn_args=dict(kernel_size=[3, 3, 5, 7]),
     )
@@ -224,8 +189,7 @@ def eca_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
         'eca_resnet50',
         pretrained,
         kwargs,
-        block=Bottleneck,
-        layers=(3, 4, 6, 3),
+        **RESNET50,
         attn='eca',
         attn_args=dict(kernel_size=[3, 5, 5, 7]),
     )
@@ -238,8 +202,7 @@ def eca_resnet101(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
         'eca_resnet101',
         pretrained,
         kwargs,
-        block=Bottleneck,
-        layers=(3, 4, 23, 3),
+        **RESNET101,
         attn='eca',
         attn_args=dict(kernel_size=[3, 3, 5, 7]),
     )
@@ -252,8 +215,7 @@ def eca_resnet152(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
         'eca_resnet152',
         pretrained,
         kwargs,
-        block=Bottleneck,
-        layers=(3, 8, 36, 3),
+        **RESNET152,
         attn='eca',
         attn_args=dict(kernel_size=[3, 3, 5, 7]),
     )
@@ -262,101 +224,97 @@ def eca_resnet152(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
 @register_model
 def srm_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """SRM-ResNet-18 - https://arxiv.org/abs/1903.10829"""
-    return _create_attn_resnet('srm_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), attn='srm')
+    return _create_attn_resnet('srm_resnet18', pretrained, kwargs, **RESNET18, attn='srm')
 
 
 @register_model
 def srm_resnet34(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """SRM-ResNet-34 - https://arxiv.org/abs/1903.10829"""
-    return _create_attn_resnet('srm_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), attn='srm')
+    return _create_attn_resnet('srm_resnet34', pretrained, kwargs, **RESNET34, attn='srm')
 
 
 @register_model
 def srm_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """SRM-ResNet-50 - https://arxiv.org/abs/1903.10829"""
-    return _create_attn_resnet('srm_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), attn='srm')
+    return _create_attn_resnet('srm_resnet50', pretrained, kwargs, **RESNET50, attn='srm')
 
 
 @register_model
 def srm_resnet101(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """SRM-ResNet-101 - https://arxiv.org/abs/1903.10829"""
-    return _create_attn_resnet('srm_resnet101', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3), attn='srm')
+    return _create_attn_resnet('srm_resnet101', pretrained, kwargs, **RESNET101, attn='srm')
 
 
 @register_model
 def srm_resnet152(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """SRM-ResNet-152 - https://arxiv.org/abs/1903.10829"""
-    return _create_attn_resnet('srm_resnet152', pretrained, kwargs, block=Bottleneck, layers=(3, 8, 36, 3), attn='srm')
+    return _create_attn_resnet('srm_resnet152', pretrained, kwargs, **RESNET152, attn='srm')
 
 
 @register_model
 def cbam_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """CBAM-ResNet-18 - https://arxiv.org/abs/1807.06521"""
-    return _create_attn_resnet('cbam_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), attn='cbam')
+    return _create_attn_resnet('cbam_resnet18', pretrained, kwargs, **RESNET18, attn='cbam')
 
 
 @register_model
 def cbam_resnet34(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """CBAM-ResNet-34 - https://arxiv.org/abs/1807.06521"""
-    return _create_attn_resnet('cbam_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), attn='cbam')
+    return _create_attn_resnet('cbam_resnet34', pretrained, kwargs, **RESNET34, attn='cbam')
 
 
 @register_model
 def cbam_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """CBAM-ResNet-50 - https://arxiv.org/abs/1807.06521"""
-    return _create_attn_resnet('cbam_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), attn='cbam')
+    return _create_attn_resnet('cbam_resnet50', pretrained, kwargs, **RESNET50, attn='cbam')
 
 
 @register_model
 def cbam_resnet101(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """CBAM-ResNet-101 - https://arxiv.org/abs/1807.06521"""
-    return _create_attn_resnet(
-        'cbam_resnet101', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3), attn='cbam'
-    )
+    return _create_attn_resnet('cbam_resnet101', pretrained, kwargs, **RESNET101, attn='cbam')
 
 
 @register_model
 def bam_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """BAM-ResNet-18, the released product form - https://arxiv.org/abs/1807.06514"""
-    return _create_attn_resnet('bam_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), attn='bam')
+    return _create_attn_resnet('bam_resnet18', pretrained, kwargs, **RESNET18, attn='bam')
 
 
 @register_model
 def bam_resnet34(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """BAM-ResNet-34, the released product form - https://arxiv.org/abs/1807.06514"""
-    return _create_attn_resnet('bam_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), attn='bam')
+    return _create_attn_resnet('bam_resnet34', pretrained, kwargs, **RESNET34, attn='bam')
 
 
 @register_model
 def bam_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """BAM-ResNet-50, the released product form - https://arxiv.org/abs/1807.06514"""
-    return _create_attn_resnet('bam_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), attn='bam')
+    return _create_attn_resnet('bam_resnet50', pretrained, kwargs, **RESNET50, attn='bam')
 
 
 @register_model
 def bam_resnet101(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """BAM-ResNet-101, the released product form - https://arxiv.org/abs/1807.06514"""
-    return _create_attn_resnet('bam_resnet101', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3), attn='bam')
+    return _create_attn_resnet('bam_resnet101', pretrained, kwargs, **RESNET101, attn='bam')
 
 
 @register_model
 def gam_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """GAM-ResNet-18, r = 16, one group - https://arxiv.org/abs/2112.05561"""
-    return _create_attn_resnet('gam_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), attn='gam')
+    return _create_attn_resnet('gam_resnet18', pretrained, kwargs, **RESNET18, attn='gam')
 
 
 @register_model
 def gam_resnet34(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """GAM-ResNet-34, r = 16, one group - https://arxiv.org/abs/2112.05561"""
-    return _create_attn_resnet('gam_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), attn='gam')
+    return _create_attn_resnet('gam_resnet34', pretrained, kwargs, **RESNET34, attn='gam')
 
 
 @register_model
 def gam_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """GAM-ResNet-50, r = 16, 4 groups with the shuffle between the convolutions - https://arxiv.org/abs/2112.05561"""
-    return _create_attn_resnet(
-        'gam_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), attn='gam', attn_args=dict(groups=4)
-    )
+    return _create_attn_resnet('gam_resnet50', pretrained, kwargs, **RESNET50, attn='gam', attn_args=dict(groups=4))
 
 
 @register_model
@@ -366,8 +324,7 @@ def gam_resnet101(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
         'gam_resnet101',
         pretrained,
         kwargs,
-        block=Bottleneck,
-        layers=(3, 4, 23, 3),
+        **RESNET101,
         attn='gam',
         attn_args=dict(groups=4),
     )
@@ -376,33 +333,25 @@ def gam_resnet101(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
 @register_model
 def triplet_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """Triplet-attention ResNet-18, kernel 7 - https://arxiv.org/abs/2010.03045"""
-    return _create_attn_resnet(
-        'triplet_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), attn='triplet'
-    )
+    return _create_attn_resnet('triplet_resnet18', pretrained, kwargs, **RESNET18, attn='triplet')
 
 
 @register_model
 def triplet_resnet34(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """Triplet-attention ResNet-34, kernel 7 - https://arxiv.org/abs/2010.03045"""
-    return _create_attn_resnet(
-        'triplet_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), attn='triplet'
-    )
+    return _create_attn_resnet('triplet_resnet34', pretrained, kwargs, **RESNET34, attn='triplet')
 
 
 @register_model
 def triplet_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """Triplet-attention ResNet-50, kernel 7 - https://arxiv.org/abs/2010.03045"""
-    return _create_attn_resnet(
-        'triplet_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), attn='triplet'
-    )
+    return _create_attn_resnet('triplet_resnet50', pretrained, kwargs, **RESNET50, attn='triplet')
 
 
 @register_model
 def triplet_resnet101(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """Triplet-attention ResNet-101, kernel 7 - https://arxiv.org/abs/2010.03045"""
-    return _create_attn_resnet(
-        'triplet_resnet101', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 23, 3), attn='triplet'
-    )
+    return _create_attn_resnet('triplet_resnet101', pretrained, kwargs, **RESNET101, attn='triplet')
 
 
 @register_model
@@ -415,8 +364,7 @@ def gsop_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
         'gsop_resnet50',
         pretrained,
         kwargs,
-        block=Bottleneck,
-        layers=(3, 4, 6, 3),
+        **RESNET50,
         attn='gsop',
         attn_args=dict(stride=[2, 1, 1, 1]),
         last_stride=1,
@@ -433,8 +381,7 @@ def gsop_resnet101(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
         'gsop_resnet101',
         pretrained,
         kwargs,
-        block=Bottleneck,
-        layers=(3, 4, 23, 3),
+        **RESNET101,
         attn='gsop',
         attn_args=dict(stride=[2, 1, 1, 1]),
         last_stride=1,
@@ -444,16 +391,182 @@ def gsop_resnet101(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
 @register_model
 def csa_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """ResNet-18 with channel self-attention, the project's own - https://arxiv.org/abs/2106.09681"""
-    return _create_attn_resnet('csa_resnet18', pretrained, kwargs, block=BasicBlock, layers=(2, 2, 2, 2), attn='csa')
+    return _create_attn_resnet('csa_resnet18', pretrained, kwargs, **RESNET18, attn='csa')
 
 
 @register_model
 def csa_resnet34(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """ResNet-34 with channel self-attention, the project's own - https://arxiv.org/abs/2106.09681"""
-    return _create_attn_resnet('csa_resnet34', pretrained, kwargs, block=BasicBlock, layers=(3, 4, 6, 3), attn='csa')
+    return _create_attn_resnet('csa_resnet34', pretrained, kwargs, **RESNET34, attn='csa')
 
 
 @register_model
 def csa_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
     """ResNet-50 with channel self-attention, the project's own - https://arxiv.org/abs/2106.09681"""
-    return _create_attn_resnet('csa_resnet50', pretrained, kwargs, block=Bottleneck, layers=(3, 4, 6, 3), attn='csa')
+    return _create_attn_resnet('csa_resnet50', pretrained, kwargs, **RESNET50, attn='csa')
+
+
+@register_model
+def fca_resnet34(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """FcaNet-34, maps of 56, 28, 14 and 7 pixels in the four stages - https://arxiv.org/abs/2012.11879"""
+    return _create_attn_resnet(
+        'fca_resnet34', pretrained, kwargs, **RESNET34, attn='fca', attn_args=dict(dct_size=[56, 28, 14, 7])
+    )
+
+
+@register_model
+def fca_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """FcaNet-50, maps of 56, 28, 14 and 7 pixels in the four stages - https://arxiv.org/abs/2012.11879"""
+    return _create_attn_resnet(
+        'fca_resnet50', pretrained, kwargs, **RESNET50, attn='fca', attn_args=dict(dct_size=[56, 28, 14, 7])
+    )
+
+
+@register_model
+def fca_resnet101(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """FcaNet-101, maps of 56, 28, 14 and 7 pixels in the four stages - https://arxiv.org/abs/2012.11879"""
+    return _create_attn_resnet(
+        'fca_resnet101', pretrained, kwargs, **RESNET101, attn='fca', attn_args=dict(dct_size=[56, 28, 14, 7])
+    )
+
+
+@register_model
+def fca_resnet152(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """FcaNet-152, maps of 56, 28, 14 and 7 pixels in the four stages - https://arxiv.org/abs/2012.11879"""
+    return _create_attn_resnet(
+        'fca_resnet152', pretrained, kwargs, **RESNET152, attn='fca', attn_args=dict(dct_size=[56, 28, 14, 7])
+    )
+
+
+@register_model
+def coord_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """ResNet-18 with coordinate attention - https://arxiv.org/abs/2103.02907"""
+    return _create_attn_resnet('coord_resnet18', pretrained, kwargs, **RESNET18, attn='coord')
+
+
+@register_model
+def coord_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """ResNet-50 with coordinate attention - https://arxiv.org/abs/2103.02907"""
+    return _create_attn_resnet('coord_resnet50', pretrained, kwargs, **RESNET50, attn='coord')
+
+
+@register_model
+def gc_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """ResNet-18 with global context blocks, added - https://arxiv.org/abs/1904.11492"""
+    return _create_attn_resnet('gc_resnet18', pretrained, kwargs, **RESNET18, attn='gc')
+
+
+@register_model
+def gc_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """ResNet-50 with global context blocks, added - https://arxiv.org/abs/1904.11492"""
+    return _create_attn_resnet('gc_resnet50', pretrained, kwargs, **RESNET50, attn='gc')
+
+
+@register_model
+def scse_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """ResNet-18 with scSE, r = 16 in place of the released 2 - https://arxiv.org/abs/1808.08127"""
+    return _create_attn_resnet(
+        'scse_resnet18', pretrained, kwargs, **RESNET18, attn='scse', attn_args=dict(rd_ratio=1 / 16)
+    )
+
+
+@register_model
+def scse_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """ResNet-50 with scSE, r = 16 in place of the released 2 - https://arxiv.org/abs/1808.08127"""
+    return _create_attn_resnet(
+        'scse_resnet50', pretrained, kwargs, **RESNET50, attn='scse', attn_args=dict(rd_ratio=1 / 16)
+    )
+
+
+@register_model
+def gct_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """ResNet-18 with gated channel transformations - https://arxiv.org/abs/1909.11519
+
+    Its authors have one before each convolution; here they stand at the ends of the residual branches.
+    """
+    return _create_attn_resnet('gct_resnet18', pretrained, kwargs, **RESNET18, attn='gct')
+
+
+@register_model
+def gct_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """ResNet-50 with gated channel transformations - https://arxiv.org/abs/1909.11519
+
+    Its authors have one before each convolution; here they stand at the ends of the residual branches.
+    """
+    return _create_attn_resnet('gct_resnet50', pretrained, kwargs, **RESNET50, attn='gct')
+
+
+@register_model
+def ema_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """ResNet-18 with efficient multi-scale attention, 32 groups - https://arxiv.org/abs/2305.13563"""
+    return _create_attn_resnet('ema_resnet18', pretrained, kwargs, **RESNET18, attn='ema')
+
+
+@register_model
+def ema_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """ResNet-50 with efficient multi-scale attention, 32 groups - https://arxiv.org/abs/2305.13563"""
+    return _create_attn_resnet('ema_resnet50', pretrained, kwargs, **RESNET50, attn='ema')
+
+
+@register_model
+def sge_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """SGE-ResNet-18, 64 groups - https://arxiv.org/abs/1905.09646"""
+    return _create_attn_resnet('sge_resnet18', pretrained, kwargs, **RESNET18, attn='sge')
+
+
+@register_model
+def sge_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """SGE-ResNet-50, 64 groups - https://arxiv.org/abs/1905.09646"""
+    return _create_attn_resnet('sge_resnet50', pretrained, kwargs, **RESNET50, attn='sge')
+
+
+@register_model
+def nl_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """ResNet-18 with one non-local block, in layer3.0 - https://arxiv.org/abs/1711.07971"""
+    return _create_attn_resnet('nl_resnet18', pretrained, kwargs, **RESNET18, attn='nl')
+
+
+@register_model
+def nl_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """ResNet-50 with one non-local block, in layer3.4 - https://arxiv.org/abs/1711.07971"""
+    return _create_attn_resnet('nl_resnet50', pretrained, kwargs, **RESNET50, attn='nl')
+
+
+@register_model
+def scsa_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """ResNet-18 with spatial and channel synergistic attention - https://arxiv.org/abs/2407.05128
+
+    Its authors have it in the middle of each block; here it stands at the ends of the residual branches.
+    """
+    return _create_attn_resnet('scsa_resnet18', pretrained, kwargs, **RESNET18, attn='scsa')
+
+
+@register_model
+def scsa_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """ResNet-50 with spatial and channel synergistic attention - https://arxiv.org/abs/2407.05128
+
+    Its authors have it in the middle of each block; here it stands at the ends of the residual branches.
+    """
+    return _create_attn_resnet('scsa_resnet50', pretrained, kwargs, **RESNET50, attn='scsa')
+
+
+@register_model
+def simam_resnet18(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """SimAM-ResNet-18, lambda 0.1 - https://proceedings.mlr.press/v139/yang21o.html
+
+    It stands between conv2 and bn2, as in the published networks. It has no warm start.
+    """
+    return _create_attn_resnet(
+        'simam_resnet18', pretrained, kwargs, **RESNET18, attn='simam', attn_args=dict(e_lambda=0.1)
+    )
+
+
+@register_model
+def simam_resnet50(pretrained: bool = False, **kwargs: Any) -> AttnResNet:
+    """SimAM-ResNet-50, lambda 0.1 - https://proceedings.mlr.press/v139/yang21o.html
+
+    It stands between conv2 and bn2, as in the published networks. It has no warm start.
+    """
+    return _create_attn_resnet(
+        'simam_resnet50', pretrained, kwargs, **RESNET50, attn='simam', attn_args=dict(e_lambda=0.1)
+    )

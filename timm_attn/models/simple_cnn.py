@@ -4,13 +4,12 @@ from typing import Any
 
 import torch
 from timm.layers import ClassifierHead
-from timm.models import checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..injection import inject
-from ..weights import cfgs_of
-from ._build import build
+from ._build import build, register_model
 
 __all__ = ['SimpleCNN']
 
@@ -193,23 +192,9 @@ def _create_simple_cnn(variant: str, pretrained: bool, kwargs: dict[str, Any], *
     return build(SimpleCNN, variant, pretrained, defaults, kwargs)
 
 
-default_cfgs = generate_default_cfgs(
-    cfgs_of(
-        [
-            'simple_cnn',
-            'simple_cnn_cbam',
-            'simple_cnn_csa',
-            'simple_cnn_eca',
-            'simple_cnn_gam',
-            'simple_cnn_se',
-            'simple_cnn_srm',
-            'simple_cnn_triplet',
-        ],
-        first_conv='blocks.0.conv',
-        classifier='head.fc',
-        pool_size=(56, 56),
-    )
-)
+# What the configs of these models have besides their tags'; register_model takes it.
+CFG: dict[str, Any] = dict(first_conv='blocks.0.conv', classifier='head.fc', pool_size=(56, 56))
+default_cfgs: dict[str, Any] = {}
 
 
 @register_model

@@ -7,13 +7,11 @@ from its weights.
 
 from typing import Any
 
-from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
 from ..layers import check_attn_args, create_attn
-from ..weights import cfgs_of
-from ._build import build
+from ._build import build, register_model
 from .attn_resnet import cifar_stem_
 
 __all__ = ['SKBottleneck', 'SKResNet']
@@ -83,16 +81,7 @@ def _create_sk_resnet(variant: str, pretrained: bool, kwargs: dict[str, Any], **
     return build(SKResNet, variant, pretrained, dict(block=SKBottleneck, **defaults), kwargs)
 
 
-default_cfgs = generate_default_cfgs(
-    cfgs_of(
-        [
-            'sk_resnet50',
-            'sk_resnet101',
-            'sk_resnext50_32x4d',
-            'sk_resnext101_32x4d',
-        ]
-    )
-)
+default_cfgs: dict[str, Any] = {}  # filled by register_model
 
 
 @register_model
