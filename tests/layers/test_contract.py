@@ -25,6 +25,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ('se', {'rd_ratio': 1}),
     ('cbam', {'spatial': False}),
     ('cbam', {'channel': False, 'kernel_size': 3}),
+    ('cbam', {'order': 'spatial-channel'}),
+    ('cbam', {'order': 'parallel'}),
     ('bam', {'combine': 'add'}),
     ('gam', {'rd_ratio': 1 / 4, 'groups': 4}),
     ('gam', {'rd_ratio': 1 / 4, 'groups': 4, 'shuffle': 'gate', 'channel_gate': None}),
@@ -35,21 +37,37 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ('gsop', {'dim': 16, 'stride': 2}),
     ('triplet', {'spatial': False, 'kernel_size': 3}),
     ('csa', {'num_heads': 4}),
+    ('fca', {'rd_ratio': 1 / 4, 'dct_size': 14}),
+    ('coord', {'rd_ratio': 1 / 4, 'min_width': 4}),
+    ('gc', {'rd_ratio': 1 / 4, 'fuse': 'mul'}),
+    ('gc', {'rd_ratio': 1 / 4, 'fuse': 'both', 'pool': 'avg'}),
+    ('scse', {'rd_ratio': 1 / 16, 'fuse': 'add'}),
+    ('gct', {'mode': 'l1'}),
+    ('ema', {'groups': 8}),
+    ('sge', {'groups': 8}),
+    ('nl', {'rd_ratio': 1 / 8}),
+    ('scsa', {'num_heads': 8, 'window_size': 3}),
+    ('simam', {'e_lambda': 0.1}),
 ]
 # One value a channel is no batch for a BatchNorm: torch raises. These see one at batch 1; those of ONE_PIXEL only when
 # their map has one pixel too.
 ONE_IMAGE = ('bam', 'srm', 'sk')
-ONE_PIXEL = ('cbam', 'gam', 'triplet', 'gsop')
+ONE_PIXEL = ('cbam', 'gam', 'triplet', 'gsop', 'nl')
+
+# Powers of two: multiplying by them and by their inverse is exact.
+EXACT = (0.125, 0.25, 0.5, 1)
 
 each_attn = pytest.mark.parametrize('name', list_attn())
-each_variant = pytest.mark.parametrize(
-    ('name', 'args'), VARIANTS, ids=['-'.join([n, *(f'{k}={v}' for k, v in a.items())]) for n, a in VARIANTS]
-)
-each_gate = pytest.mark.parametrize(
-    ('name', 'args'),
-    [(n, a) for n, a in VARIANTS if get_attn(n).placement != 'conv'],
-    ids=['-'.join([n, *(f'{k}={v}' for k, v in a.items())]) for n, a in VARIANTS if get_attn(n).placement != 'conv'],
-)
+GATES = [(n, a) for n, a in VARIANTS if get_attn(n).placement != 'conv']
+NEUTRAL = [(n, a) for n, a in GATES if create_attn(n, C, device='meta').neutral_gate is not None]
+
+
+def _each(variants: list[tuple[str, dict[str, Any]]]) -> pytest.MarkDecorator:
+    ids = ['-'.join([n, *(f'{k}={v}' for k, v in a.items())]) for n, a in variants]
+    return pytest.mark.parametrize(('name', 'args'), variants, ids=ids)
+
+
+each_variant, each_gate, each_neutral = _each(VARIANTS), _each(GATES), _each(NEUTRAL)
 
 
 def build(name: str, args: dict[str, Any] | None = None, channels: int = C, **factory: Any) -> Attention:
@@ -115,7 +133,7 @@ def test_one_pixel_trains_on_two_images(name: str, args: dict[str, Any]) -> None
 @each_attn
 def test_one_image_trains_unless_batch_statistics_forbid(name: str, size: tuple[int, int]) -> None:
     attn = randomised(name).train()
-    x = example(1, C, *size)
+    x = example(1, C, *size).requires_grad_()
     if name in ONE_IMAGE or (name in ONE_PIXEL and size == (1, 1)):
         with pytest.raises(ValueError, match='Expected more than 1 value per channel when training'):
             attn(x)
@@ -185,7 +203,9 @@ def test_half_precision_model_without_autocast(name: str, dtype: torch.dtype) ->
     assert y.dtype == dtype
     assert y.isfinite().all()
     want = half.float()(x.float())
-    assert (y.float() - want).abs().mean() / want.abs().mean() < (0.03 if dtype == torch.bfloat16 else 0.005)
+    # The energies of pixels are near 1e5 here: rounding a query makes the softmax choose another pixel.
+    tolerance = 0.03 if dtype == torch.bfloat16 or name == 'nl' else 0.005
+    assert (y.float() - want).abs().mean() / want.abs().mean() < tolerance
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
@@ -228,7 +248,7 @@ def test_csa_softmax_is_float32_in_autocast(dtype: torch.dtype) -> None:
 @each_variant
 def test_gradients_equal_finite_differences(name: str, args: dict[str, Any], train: bool) -> None:
     attn = randomised(name, args, dtype=torch.float64).train(train)
-    names, values = zip(*attn.named_parameters(), strict=True)
+    names, values = [k for k, _ in attn.named_parameters()], list(attn.parameters())
     x = example(2, C, 3, 4, dtype=torch.float64).requires_grad_()
 
     def call(x: Tensor, *parameters: Tensor) -> Tensor:
@@ -245,8 +265,8 @@ def test_gradients_equal_finite_differences(name: str, args: dict[str, Any], tra
 def test_every_tensor_is_placed(name: str, args: dict[str, Any], dtype: torch.dtype) -> None:
     attn = build(name, args, device='meta', dtype=dtype)
     tensors = [*attn.parameters(), *attn.buffers()]
-    assert {t.device.type for t in tensors} == {'meta'}
-    assert {t.dtype for t in tensors if t.is_floating_point()} == {dtype}
+    assert {t.device.type for t in tensors} == ({'meta'} if tensors else set())
+    assert {t.dtype for t in tensors if t.is_floating_point()} == ({dtype} if tensors else set())
     y = attn.eval()(torch.empty(2, C, 8, 6, device='meta', dtype=dtype))
     assert y.device.type == 'meta' and y.dtype == dtype
 
@@ -254,7 +274,7 @@ def test_every_tensor_is_placed(name: str, args: dict[str, Any], dtype: torch.dt
 @each_attn
 def test_cast_module_computes_in_its_type(name: str) -> None:
     attn = randomised(name).to(torch.bfloat16).eval()
-    assert {t.dtype for t in attn.state_dict().values() if t.is_floating_point()} == {torch.bfloat16}
+    assert {t.dtype for t in attn.state_dict().values() if t.is_floating_point()} <= {torch.bfloat16}
     assert attn(example(2, C, 4, 5, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert attn.double()(example(2, C, 4, 5, dtype=torch.float64)).dtype == torch.float64
 
@@ -275,7 +295,8 @@ def test_output_can_be_added_to_in_place(name: str, args: dict[str, Any]) -> Non
 @each_variant
 def test_every_parameter_gets_a_gradient(name: str, args: dict[str, Any]) -> None:
     attn = randomised(name, args).eval()
-    (attn(example(2, C, 6, 9)) * example(2, C, 6, 9)[:, :, :1, :1].sign()).sum().backward()
+    x = example(2, C, 6, 9).requires_grad_()
+    (attn(x) * example(2, C, 6, 9)[:, :, :1, :1].sign()).sum().backward()
     zero = [k for k, p in attn.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert zero == []
 
@@ -394,20 +415,20 @@ def test_runs_with_deterministic_algorithms(deterministic: None, name: str, args
 
 
 @pytest.mark.parametrize('train', [False, True], ids=['eval', 'train'])
-@each_gate
+@each_neutral
 def test_neutral_state_multiplies_by_the_neutral_gate(name: str, args: dict[str, Any], train: bool) -> None:
     attn = build(name, args).train(train)
     attn.init_neutral()
     x = 50 * example(3, C, 6, 9)
     assert attn.gain == 1
     torch.testing.assert_close(attn(x), x * attn.neutral_gate, rtol=1e-6, atol=0)
-    if attn.neutral_gate in (0.25, 0.5, 1):
+    if attn.neutral_gate in EXACT:
         assert torch.equal(attn(x), x * attn.neutral_gate)
 
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@each_gate
+@each_neutral
 def test_inverse_gain_makes_it_the_identity(
     name: str, args: dict[str, Any], dtype: torch.dtype, layout: torch.memory_format
 ) -> None:
@@ -417,14 +438,14 @@ def test_inverse_gain_makes_it_the_identity(
     x = (50 * example(3, C, 6, 9)).to(dtype).contiguous(memory_format=layout)
     y = attn(x)
     assert y.dtype == dtype
-    if attn.neutral_gate in (0.25, 0.5, 1) or dtype != torch.float32:
+    if attn.neutral_gate in EXACT or dtype != torch.float32:
         assert torch.equal(y, x)
     else:
         torch.testing.assert_close(y, x, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
-@each_gate
+@each_neutral
 def test_identity_survives_autocast_with_large_inputs(name: str, args: dict[str, Any], dtype: torch.dtype) -> None:
     """A statistic that overflows is infinite, and 0 * inf is NaN."""
     attn = build(name, args).eval()
@@ -433,7 +454,7 @@ def test_identity_survives_autocast_with_large_inputs(name: str, args: dict[str,
     for x in (300 * example(3, C, 6, 9), (300 * example(3, C, 6, 9)).to(dtype)):
         with torch.autocast('cpu', dtype=dtype):
             y = attn(x)
-        assert gap(y, x) <= (0 if attn.neutral_gate in (0.25, 0.5, 1) else torch.finfo(dtype).eps)
+        assert gap(y, x) <= (0 if attn.neutral_gate in EXACT else torch.finfo(dtype).eps)
 
 
 @each_gate
@@ -446,7 +467,7 @@ def test_gain_multiplies_the_gate(name: str, args: dict[str, Any]) -> None:
     assert 'gain=3' in repr(attn)
 
 
-@each_gate
+@each_neutral
 def test_neutral_start_learns_in_two_steps(name: str, args: dict[str, Any]) -> None:
     """The last layer moves in the first step, which lets a gradient through to all of it in the second."""
     attn = build(name, args).eval()
@@ -467,11 +488,16 @@ def test_neutral_start_learns_in_two_steps(name: str, args: dict[str, Any]) -> N
 # The gates themselves.
 
 
-def _gated(name: str, x: Tensor, gates: dict[str, Tensor]) -> Tensor:
+def _gated(name: str, args: dict[str, Any], x: Tensor, gates: dict[str, Tensor]) -> Tensor:
     """The output rebuilt from what `gates` returns."""
     y = x
     if name == 'bam':
         return x * (1 + gates['gate'])
+    if name == 'scse':
+        a, g = gates['channel'][:, :, None, None], gates['spatial'][:, None]
+        return x * (a + g) if args.get('fuse') == 'add' else torch.maximum(x * a, x * g)
+    if name in ('coord', 'scsa'):
+        y = y * gates['cw'][:, :, None] * gates['hc'].transpose(1, 2)[..., None]
     if name == 'triplet':
         parts = [gates['cw'][:, :, None], gates['hc'].transpose(1, 2)[:, :, :, None]]
         if 'spatial' in gates:
@@ -479,9 +505,11 @@ def _gated(name: str, x: Tensor, gates: dict[str, Tensor]) -> Tensor:
         return sum((x * p for p in parts), torch.zeros_like(x)) / len(parts)
     if 'channel' in gates:
         y = y * (gates['channel'] if name == 'gam' else gates['channel'][:, :, None, None])
-    if 'spatial' in gates:
-        y = y * (gates['spatial'] if name == 'gam' else gates['spatial'][:, None])
-    return y
+    if 'spatial' in gates and name != 'gc':
+        y = y * (gates['spatial'] if gates['spatial'].dim() == 4 else gates['spatial'][:, None])
+    if 'gate' in gates:
+        y = y * gates['gate']
+    return y + gates['context'][:, :, None, None] if 'context' in gates else y
 
 
 @each_variant
@@ -490,13 +518,15 @@ def test_gates_are_those_of_the_forward_pass(name: str, args: dict[str, Any]) ->
     attn.gain = 1.0
     n, h, w = 2, 5, 9
     x = example(n, C, h, w)
+    heads = args.get('num_heads', 1)
     shapes = {
         'channel': (n, C, h, w) if name == 'gam' else (n, C),
-        'spatial': (n, C, h, w) if name == 'gam' else (n, h, w),
+        'spatial': (n, C, h, w) if name in ('gam', 'ema', 'sge') else (n, h, w),
+        'context': (n, C),
         'gate': (n, C, h, w),
         'branch': (n, 2, C),
         'covariance': (n, 16, 16),
-        'matrix': (n, args.get('num_heads', 1), 8 // args.get('num_heads', 1), 8 // args.get('num_heads', 1)),
+        'matrix': (n, heads, *2 * ((8 if name == 'csa' else C) // heads,)),
         'cw': (n, C, w),
         'hc': (n, h, C),
     }
@@ -506,8 +536,10 @@ def test_gates_are_those_of_the_forward_pass(name: str, args: dict[str, Any]) ->
     if name in ('sk', 'csa'):
         kind, dim = ('branch', 1) if name == 'sk' else ('matrix', -1)
         torch.testing.assert_close(gates[kind].sum(dim), torch.ones_like(gates[kind].sum(dim)))
+    elif name == 'nl':  # whose map says where the sum it adds comes from
+        torch.testing.assert_close(gates['spatial'].sum((1, 2)), torch.ones(n))
     else:
-        torch.testing.assert_close(_gated(name, x, gates), attn(x))
+        torch.testing.assert_close(_gated(name, args, x, gates), attn(x))
     attn.gain = 3.0
     assert all(torch.equal(v, gates[k]) for k, v in attn.gates(x).items()), 'gates() must not hold the gain'
 
@@ -576,7 +608,7 @@ def test_unknown_option_names_the_accepted_ones(name: str) -> None:
 @each_attn
 def test_wrong_channel_count_raises(name: str) -> None:
     attn = build(name).eval()
-    if name in ('eca', 'triplet'):  # nothing in them depends on the channel count
+    if name in ('eca', 'triplet', 'simam'):  # nothing in them depends on the channel count
         assert attn(torch.randn(2, C + 32, 4, 4)).shape[1] == C + 32
         return
     with pytest.raises((RuntimeError, ValueError), match=f'{C}|must match|expected'):

@@ -138,7 +138,7 @@ def _masked(
 
 def _declared(attn: nn.Module | None) -> tuple[str, ...]:
     """The attention's `statistics`; not those of a base class, whose forward pass may have been replaced."""
-    return vars(type(attn)).get('statistics', ())
+    return cast(Any, attn).statistics if 'statistics' in vars(type(attn)) else ()
 
 
 def _names(attn: nn.Module | None) -> tuple[str, ...]:

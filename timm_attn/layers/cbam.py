@@ -13,8 +13,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ._base import Attention, Gate, check_odd, kernel_size_of, rd_ratio_of, reduced_channels
+from ._base import Attention, Gate, check_choice, check_odd, kernel_size_of, rd_ratio_of, reduced_channels
 from ._registry import register_attn
+
+ORDERS = ('channel-spatial', 'spatial-channel', 'parallel')
 
 
 @register_attn(
@@ -40,13 +42,16 @@ class CBAM(Attention):
         spatial: Use the spatial gate.
         channel: Use the channel gate.
         mlp_bias: Biases in the channel gate.
+        order: 'channel-spatial' as released, where the spatial gate sees what the channel gate let through;
+            'spatial-channel'; or 'parallel', where both see the input.
 
     Raises:
-        ValueError: `rd_ratio` leaves no hidden channel, `kernel_size` is even, or both gates are off.
+        ValueError: `rd_ratio` leaves no hidden channel, `kernel_size` is even, both gates are off, `order` is unknown,
+            or it is given for a single gate.
     """
 
     kinds: ClassVar[Mapping[str, Gate]] = {'spatial': Gate('HW', 'spatial'), 'channel': Gate('C', 'channel')}
-    __constants__ = ('channel', 'spatial')
+    __constants__ = ('channel', 'order', 'spatial')
     statistics = ('mean', 'peak')
 
     def __init__(
@@ -57,6 +62,7 @@ class CBAM(Attention):
         spatial: bool = True,
         channel: bool = True,
         mlp_bias: bool = True,
+        order: str = 'channel-spatial',
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -64,8 +70,13 @@ class CBAM(Attention):
         dd = {'device': device, 'dtype': dtype}
         if not (spatial or channel):
             raise ValueError('CBAM with spatial=False and channel=False has no gate left: switch one on.')
+        check_choice('order', order, ORDERS)
+        if order != ORDERS[0] and not (spatial and channel):
+            raise ValueError(f'order (={order!r}) is that of two gates, but spatial={spatial} and channel={channel}.')
         super().__init__(neutral_gate=0.5 ** (channel + spatial))
-        self.channel, self.spatial = channel, spatial
+        self.channel, self.spatial, self.order = channel, spatial, order
+        if order != ORDERS[0]:
+            self.statistics = ()  # the plain product that they would stand for is another function
         if channel:
             hidden = reduced_channels(channels, rd_ratio)
             self.fc1 = nn.Linear(channels, hidden, bias=mlp_bias, **dd)
@@ -107,8 +118,14 @@ class CBAM(Attention):
     def forward(self, x: Tensor) -> Tensor:
         if not self.spatial:
             return x * (self.channel_gate(x) * self.gain)
-        if self.channel:
-            x = x * self.channel_gate(x)
+        if not self.channel:
+            return x * (self.spatial_gate(x) * self.gain)
+        if self.order == 'parallel':
+            return x * (self.channel_gate(x) * (self.spatial_gate(x) * self.gain))
+        if self.order == 'spatial-channel':
+            x = x * self.spatial_gate(x)
+            return x * (self.channel_gate(x) * self.gain)
+        x = x * self.channel_gate(x)
         return x * (self.spatial_gate(x) * self.gain)
 
     @classmethod
@@ -117,11 +134,11 @@ class CBAM(Attention):
 
     @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:
-        found = {}
-        if self.channel:
-            gate = self.channel_gate(x)
-            found['channel'] = gate.flatten(1)
-            x = x * gate
-        if self.spatial:
-            found['spatial'] = self.spatial_gate(x).squeeze(1)
+        found, of = {}, {'channel': self.channel_gate, 'spatial': self.spatial_gate}
+        for kind in ('spatial', 'channel') if self.order == 'spatial-channel' else ('channel', 'spatial'):
+            if self.channel if kind == 'channel' else self.spatial:
+                gate = of[kind](x)
+                found[kind] = gate.flatten(1) if kind == 'channel' else gate.squeeze(1)
+                if self.order != 'parallel':
+                    x = x * gate
         return found

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Attention, Gate
+from ._norm import GroupNorm
 from ._precision import matmul_upcast, upcast
 from ._registry import register_attn
 
@@ -59,7 +60,7 @@ class EMA(Attention):
         self.groups = groups
         width = channels // groups
         self.conv1x1 = nn.Conv2d(width, width, 1, **dd)
-        self.gn = nn.GroupNorm(width, width, **dd)  # of one channel each
+        self.gn = GroupNorm(width, width, **dd)  # of one channel each
         self.conv3x3 = nn.Conv2d(width, width, 3, padding=1, **dd)
 
     @torch.jit.ignore()

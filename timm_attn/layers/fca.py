@@ -40,17 +40,18 @@ def _waves(frequencies: list[int], size: int, length: int, like: Tensor) -> Tens
     Returns:
         (len(frequencies), length).
     """
-    u = torch.tensor(frequencies, device=like.device)[:, None] * (size // 7)
+    u = torch.arange(7, device=like.device)[:, None] * (size // 7)
     t = torch.arange(size, device=like.device)
     # The angle counts steps of pi / 2d; taking whole turns out of it as integers keeps float32 exact.
-    angle = (u * (2 * t + 1)) % (4 * size)  # (16, d)
+    angle = (u * (2 * t + 1)) % (4 * size)  # (7, d)
     wave = (angle.to(like.dtype) * (math.pi / (2 * size))).cos() * ((1 + (u > 0)).to(like.dtype) / size).sqrt()
     # Bin t covers the pixels from floor(t * length / d) to ceil((t + 1) * length / d), and divides by their number.
     pixel = torch.arange(length, device=like.device)
     first, end = t * length // size, ((t + 1) * length + size - 1) // size
     inside = (pixel >= first[:, None]) & (pixel < end[:, None])  # (d, length)
     share = inside.to(like.dtype) / (end - first)[:, None]
-    return (wave[:, :, None] * share).sum(1)
+    spread = (wave[:, :, None] * share).sum(1)  # (7, length)
+    return torch.stack([spread[f] for f in frequencies])
 
 
 @register_attn(

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._base import Attention, Gate
+from ._norm import GroupNorm
 from ._precision import matmul_upcast, upcast
 from ._registry import register_attn
 
@@ -34,17 +35,16 @@ def _cells(x: Tensor, window: int) -> tuple[Tensor, Tensor]:
     """
     h, w = x.shape[2], x.shape[3]
     if not torch.jit.is_scripting() and torch.compiler.is_compiling():
-        # Further windows that do not count: a number of windows that may be 1 on one map and not on the next is
-        # no size of a tensor to a compiler.
+        # Further windows that do not count: a number of windows that may be 1 on one map and not on the next is no
+        # size of a tensor to a compiler.
         pad = (0, 2 * window - 1, 0, 2 * window - 1)
         inside = F.avg_pool2d(F.pad(x.new_ones(1, 1, h, w), pad), window)  # share of each window in the map
         y = F.avg_pool2d(F.pad(x, pad), window) / inside.clamp(min=1 / (2 * window * window))
-        row, column = (torch.arange(n, device=x.device) for n in y.shape[2:])
-        rows, columns = (row + 1) * window <= h, (column + 1) * window <= w
-        rows, columns = rows | (row == 0), columns | (column == 0)
-        return y, (rows[:, None] & columns).to(x.dtype)
-    y = F.avg_pool2d(x, window, ceil_mode=True)[:, :, : max(h // window, 1), : max(w // window, 1)]
-    return y, torch.ones(y.shape[2], y.shape[3], dtype=x.dtype, device=x.device)
+    else:
+        y = F.avg_pool2d(x, window, ceil_mode=True)
+    row, column = torch.arange(y.shape[2], device=x.device), torch.arange(y.shape[3], device=x.device)
+    rows, columns = ((row + 1) * window <= h) | (row == 0), ((column + 1) * window <= w) | (column == 0)
+    return y, (rows[:, None] & columns).to(x.dtype)
 
 
 class CellNorm(nn.GroupNorm):
@@ -123,8 +123,8 @@ class SCSA(Attention):
         self.conv5 = nn.Conv1d(part, part, 5, padding=2, groups=part, **dd)
         self.conv7 = nn.Conv1d(part, part, 7, padding=3, groups=part, **dd)
         self.conv9 = nn.Conv1d(part, part, 9, padding=4, groups=part, **dd)
-        self.norm_h = nn.GroupNorm(4, channels, **dd)
-        self.norm_w = nn.GroupNorm(4, channels, **dd)
+        self.norm_h = GroupNorm(4, channels, **dd)
+        self.norm_w = GroupNorm(4, channels, **dd)
         self.norm = CellNorm(channels, **dd)
         self.q = nn.Conv2d(channels, channels, 1, groups=channels, bias=False, **dd)
         self.k = nn.Conv2d(channels, channels, 1, groups=channels, bias=False, **dd)
