@@ -547,7 +547,7 @@ def test_gates_are_those_of_the_forward_pass(name: str, args: dict[str, Any]) ->
 # Errors.
 
 
-@pytest.mark.parametrize('name', ['se', 'cbam', 'bam', 'gam', 'csa'])
+@pytest.mark.parametrize('name', ['se', 'cbam', 'bam', 'gam', 'csa', 'gc', 'scse'])
 def test_no_hidden_channel_left_raises(name: str) -> None:
     with pytest.raises(ValueError, match=r'channels \(=8\).*rd_ratio \(=0\.0625\).*at least 16 channels'):
         create_attn(name, 8, rd_ratio=1 / 16)
@@ -583,6 +583,28 @@ INVALID: list[tuple[str, int, dict[str, Any], str]] = [
     ('sk', 64, {'form': 'skresnet'}, r"form \(='skresnet'\).*'sk_resnet', 'sknet'"),
     ('csa', 64, {'num_heads': 3}, r'num_heads \(=3\) must divide the width \(=8'),
     ('gsop', 64, {'dim': 0}, r'dim \(=0\)'),
+    ('cbam', 64, {'order': 'both'}, r"order \(='both'\).*'channel-spatial', 'spatial-channel', 'parallel'"),
+    ('cbam', 64, {'order': 'parallel', 'spatial': False}, r"order \(='parallel'\) is that of two gates"),
+    ('fca', 72, {}, r'channels \(=72\) must be divisible by the 16 frequencies'),
+    ('fca', 8, {}, r'channels \(=8\) must be divisible by the 16 frequencies'),
+    ('fca', 64, {'dct_size': 6}, r'dct_size \(=6\) must be at least 7'),
+    ('coord', 64, {'min_width': 0}, r'min_width \(=0\) must be positive'),
+    ('coord', 64, {'rd_ratio': 0}, r'rd_ratio \(=0\).*must be positive'),
+    ('gc', 16, {}, r'channels \(=16\) times rd_ratio \(=0\.0625\) leaves one channel'),
+    ('gc', 64, {'pool': 'max'}, r"pool \(='max'\).*'attn', 'avg'"),
+    ('gc', 64, {'fuse': 'max'}, r"fuse \(='max'\).*'add', 'mul', 'both'"),
+    ('scse', 1, {}, r'channels \(=1\).*at least 2 channels'),
+    ('scse', 64, {'fuse': 'mul'}, r"fuse \(='mul'\).*'max', 'add'"),
+    ('gct', 64, {'mode': 'l3'}, r"mode \(='l3'\).*'l2', 'l1'"),
+    ('ema', 48, {}, r'groups \(=32\) must divide the channels \(=48\)'),
+    ('ema', 16, {}, r'groups \(=32\) must divide the channels \(=16\)'),
+    ('sge', 96, {}, r'groups \(=64\) must divide the channels \(=96\)'),
+    ('sge', 64, {'groups': 0}, r'groups \(=0\) must divide'),
+    ('nl', 64, {'rd_ratio': 0}, r'rd_ratio \(=0\) must be positive'),
+    ('scsa', 66, {}, r'channels \(=66\) must be divisible by 4'),
+    ('scsa', 64, {'num_heads': 3}, r'num_heads \(=3\) must divide the channels \(=64\)'),
+    ('scsa', 64, {'window_size': 0}, r'window_size \(=0\) must be positive'),
+    ('simam', 64, {'e_lambda': 0}, r'e_lambda \(=0\) must be positive'),
 ]
 
 
@@ -590,6 +612,44 @@ INVALID: list[tuple[str, int, dict[str, Any], str]] = [
 def test_options_that_do_not_fit_raise(name: str, channels: int, args: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         create_attn(name, channels, **args)
+
+
+def test_simam_says_that_it_has_no_neutral_state() -> None:
+    attn = create_attn('simam', 8)
+    assert attn.neutral_gate is None
+    with pytest.raises(ValueError, match=r"no state in which it multiplies by a constant: use start='paper'"):
+        attn.init_neutral()
+
+
+def test_half_precision_module_keeps_fcas_waves() -> None:
+    """They are computed in float32, where a buffer would have been rounded: runs of 16-bit waves are 1e-3 away."""
+    attn = randomised('fca', {'dct_size': 56}).eval()
+    x = example(1, C, 56, 56, dtype=torch.bfloat16)
+    got = copy.deepcopy(attn).bfloat16().spectrum(x)
+    assert got.dtype == torch.float32
+    assert gap(got, copy.deepcopy(attn).double().spectrum(x.double())) < 1e-6
+
+
+def test_sge_and_simam_of_one_pixel_are_the_constants_of_their_equations() -> None:
+    x = example(2, C, 1, 1)
+    sge = randomised('sge')
+    gate = sge.get_parameter('bias').flatten().sigmoid()  # t = 0; 64 groups of one channel
+    torch.testing.assert_close(sge(x), x * gate[:, None, None])
+    torch.testing.assert_close(build('simam')(x), x * torch.tensor(0.5).sigmoid())
+
+
+def test_gct_of_weak_maps_takes_the_sum_of_squares() -> None:
+    """Where maps are weak, the mean in place of the sum is not hidden by the norm over channels: eps is not small."""
+    attn = randomised('gct').double().eval()
+    x = 1e-3 * example(2, C, 5, 9, dtype=torch.float64)
+    alpha, gamma, beta = (attn.get_parameter(k).detach() for k in ('alpha', 'gamma', 'beta'))
+
+    def gated(square: Tensor) -> Tensor:
+        e = alpha * (square + 1e-5).sqrt()
+        return x * (1 + (e * gamma / (e.square().mean(1, keepdim=True) + 1e-5).sqrt() + beta).tanh())
+
+    assert gap(attn(x), gated(x.square().sum((2, 3), keepdim=True))) < 1e-12
+    assert gap(attn(x), gated(x.square().mean((2, 3), keepdim=True))) > 1e-3
 
 
 def test_unknown_attention_names_the_choices() -> None:

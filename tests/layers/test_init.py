@@ -121,6 +121,80 @@ def check_csa(attn: nn.Module) -> None:
     assert (attn.get_parameter('temperature') == 1).all()
 
 
+def check_fca(attn: nn.Module) -> None:
+    for fc in modules_of(attn, nn.Linear).values():
+        torch_default(fc.weight)
+        assert fc.bias is None
+
+
+def check_coord(attn: nn.Module) -> None:
+    for conv in modules_of(attn, nn.Conv2d).values():
+        torch_default(conv.weight)
+        default_bias(conv)
+    norms_start(attn)
+    assert attn.get_submodule('bn1').momentum == 0.1
+
+
+def check_gc(attn: nn.Module) -> None:
+    """The mask kaiming normal by its inputs, the last layer 0."""
+    mask: Any = attn.get_submodule('conv_attn')
+    std = math.sqrt(2 / mask.weight.numel())
+    assert abs(mask.weight.std().item() / std - 1) < 5 / math.sqrt(2 * mask.weight.numel())
+    assert not mask.bias.any()
+    fc1, fc2 = (attn.get_submodule(f'mlp_add.{k}') for k in ('fc1', 'fc2'))
+    torch_default(fc1.get_parameter('weight'))
+    default_bias(fc1)
+    assert not any(p.any() for p in fc2.parameters())
+    norm: Any = attn.get_submodule('mlp_add.norm')
+    assert (norm.weight == 1).all() and not norm.bias.any() and norm.eps == 1e-5
+
+
+def check_scse(attn: nn.Module) -> None:
+    for layer in modules_of(attn, (nn.Linear, nn.Conv2d)).values():
+        torch_default(layer.weight)
+        default_bias(layer)
+
+
+def check_gct(attn: nn.Module) -> None:
+    assert (attn.get_parameter('alpha') == 1).all()
+    assert not attn.get_parameter('gamma').any() and not attn.get_parameter('beta').any()
+
+
+def check_ema(attn: nn.Module) -> None:
+    for conv in modules_of(attn, nn.Conv2d).values():
+        torch_default(conv.weight)
+        default_bias(conv)
+    gn: Any = attn.get_submodule('gn')
+    assert (gn.weight == 1).all() and not gn.bias.any() and gn.eps == 1e-5
+
+
+def check_sge(attn: nn.Module) -> None:
+    assert not attn.get_parameter('weight').any() and (attn.get_parameter('bias') == 1).all()
+
+
+def check_nl(attn: nn.Module) -> None:
+    for key in ('theta', 'phi', 'g'):
+        conv: Any = attn.get_submodule(key)
+        assert abs(conv.weight.std().item() / 0.01 - 1) < 5 / math.sqrt(2 * conv.weight.numel())
+        assert not conv.bias.any()
+    fan_out_normal(attn.get_parameter('conv_out.weight'))
+    norms_start(attn, zero=('bn',))
+
+
+def check_scsa(attn: nn.Module) -> None:
+    """Torch's defaults, also for the scalings q, k and v, which timm would draw anew as convolutions."""
+    for conv in modules_of(attn, (nn.Conv1d, nn.Conv2d)).values():
+        torch_default(conv.weight)
+    for key in ('conv3', 'conv5', 'conv7', 'conv9'):
+        default_bias(attn.get_submodule(key))
+    for norm in modules_of(attn, nn.GroupNorm).values():
+        assert (norm.weight == 1).all() and not norm.bias.any() and norm.eps == 1e-5
+
+
+def check_simam(attn: nn.Module) -> None:
+    assert not attn.state_dict()
+
+
 CHECKS: dict[str, Callable[[nn.Module], None]] = {
     'se': check_se,
     'cbam': check_cbam,
@@ -132,10 +206,21 @@ CHECKS: dict[str, Callable[[nn.Module], None]] = {
     'gsop': check_gsop,
     'triplet': check_triplet,
     'csa': check_csa,
+    'fca': check_fca,
+    'coord': check_coord,
+    'gc': check_gc,
+    'scse': check_scse,
+    'gct': check_gct,
+    'ema': check_ema,
+    'sge': check_sge,
+    'nl': check_nl,
+    'scsa': check_scsa,
+    'simam': check_simam,
 }
 MODELS = {
     'sk': ('sk_resnet50', 'sk_resnext50_32x4d'),
     'gsop': ('gsop_resnet50',),
+    'fca': ('fca_resnet34',),
 }
 
 
@@ -174,7 +259,7 @@ def test_start_survives_the_init_of_the_whole_model(name: str, model_name: str) 
     torch.manual_seed(1)
     model = timm.create_model(model_name, layers=(1, 1, 1, 1))
     sites = dict(_sites(model))
-    assert len(sites) == (3 if name == 'bam' else 4)
+    assert len(sites) == {'bam': 3, 'nl': 1}.get(name, 4)
     for key, attn in sites.items():
         try:
             CHECKS[name](attn)

@@ -110,15 +110,28 @@ def se(w: Weights, x: Tensor, **args: Any) -> Tensor:
 
 
 def cbam(
-    w: Weights, x: Tensor, kernel_size: int = 7, spatial: bool = True, channel: bool = True, **args: Any
+    w: Weights,
+    x: Tensor,
+    kernel_size: int = 7,
+    spatial: bool = True,
+    channel: bool = True,
+    order: str = 'channel-spatial',
+    **args: Any,
 ) -> Tensor:
-    if channel:
+    def of_channels(x: Tensor) -> Tensor:
         largest = x.flatten(2).max(2).values
         z = [w.linear('fc2', relu(w.linear('fc1', v))) for v in (pooled(x), largest)]
-        x = per_channel(x, sigmoid(z[0] + z[1]))
-    if spatial:
+        return sigmoid(z[0] + z[1])[:, :, None, None]
+
+    def of_pixels(x: Tensor) -> Tensor:
         m = w.conv('conv', max_and_mean(x, 1), padding=kernel_size // 2)
-        x = x * sigmoid(w.bn('bn', m, momentum=0.01))
+        return sigmoid(w.bn('bn', m, momentum=0.01))
+
+    if order == 'parallel':
+        return x * of_channels(x) * of_pixels(x)
+    gates = [g for g, used in ((of_channels, channel), (of_pixels, spatial)) if used]
+    for gate in gates if order == 'channel-spatial' else reversed(gates):
+        x = x * gate(x)
     return x
 
 
@@ -238,6 +251,144 @@ def csa(w: Weights, x: Tensor, num_heads: int = 1, **args: Any) -> Tensor:
     return x + w('gamma') * branch
 
 
+FREQUENCIES = [
+    (0, 0), (0, 1), (6, 0), (0, 5), (0, 2), (1, 0), (1, 2), (4, 0),
+    (5, 0), (1, 6), (3, 0), (0, 4), (0, 6), (0, 3), (3, 5), (2, 2),
+]  # fmt: skip
+
+
+def fca(w: Weights, x: Tensor, dct_size: int = 7, **args: Any) -> Tensor:
+    """By the cosine transform of torch's pooling, one frequency for each run of channels."""
+    q, d = torch.nn.functional.adaptive_avg_pool2d(x, dct_size), dct_size
+    t = torch.arange(d, dtype=x.dtype) + 0.5
+    z = []
+    for c in range(x.shape[1]):
+        u, v = (f * (d // 7) for f in FREQUENCIES[c * 16 // x.shape[1]])
+        rows, columns = (torch.cos(math.pi * f * t / d) * math.sqrt((1 if f == 0 else 2) / d) for f in (u, v))
+        z.append(torch.einsum('nij,i,j->n', q[:, c], rows, columns))
+    return per_channel(x, sigmoid(w.linear('fc2', relu(w.linear('fc1', torch.stack(z, 1))))))
+
+
+def coord(w: Weights, x: Tensor, **args: Any) -> Tensor:
+    h = x.shape[2]
+    strip = torch.cat([x.sum(3) / x.shape[3], x.sum(2) / h], 2)[..., None]
+    v = w.bn('bn1', w.conv('conv1', strip))
+    u = v * torch.clamp(v + 3, 0, 6) / 6
+    a_h, a_w = sigmoid(w.conv('conv_h', u[:, :, :h])), sigmoid(w.conv('conv_w', u[:, :, h:]))
+    return torch.einsum('nchw,nch,ncw->nchw', x, a_h[..., 0], a_w[..., 0])
+
+
+def gc(w: Weights, x: Tensor, pool: str = 'attn', fuse: str = 'add', **args: Any) -> Tensor:
+    if pool == 'attn':
+        e = torch.exp(w.conv('conv_attn', x).flatten(1))
+        c = torch.einsum('np,ncp->nc', e / e.sum(1, keepdim=True), x.flatten(2))
+    else:
+        c = pooled(x)
+
+    def mlp(key: str) -> Tensor:
+        u = w.linear(f'{key}.fc1', c)
+        u = u - u.mean(1, keepdim=True)
+        u = u / torch.sqrt((u * u).mean(1, keepdim=True) + 1e-5)
+        return w.linear(f'{key}.fc2', relu(u * w(f'{key}.norm.weight') + w(f'{key}.norm.bias')))
+
+    if fuse != 'add':
+        x = per_channel(x, sigmoid(mlp('mlp_scale')))
+    return x if fuse == 'mul' else x + mlp('mlp_add')[:, :, None, None]
+
+
+def scse(w: Weights, x: Tensor, fuse: str = 'max', **args: Any) -> Tensor:
+    by_channel = per_channel(x, sigmoid(w.linear('fc2', relu(w.linear('fc1', pooled(x))))))
+    by_pixel = x * sigmoid(w.conv('conv', x))
+    return by_channel + by_pixel if fuse == 'add' else torch.where(by_channel > by_pixel, by_channel, by_pixel)
+
+
+def gct(w: Weights, x: Tensor, mode: str = 'l2', **args: Any) -> Tensor:
+    alpha, gamma, beta = (w(k).flatten() for k in ('alpha', 'gamma', 'beta'))
+    if mode == 'l1':
+        e = alpha * x.abs().flatten(2).sum(2)
+        n = gamma / (e.abs().mean(1, keepdim=True) + 1e-5)
+    else:
+        e = alpha * torch.sqrt((x**2).flatten(2).sum(2) + 1e-5)
+        n = gamma / torch.sqrt((e**2).mean(1, keepdim=True) + 1e-5)
+    return per_channel(x, 1 + torch.tanh(e * n + beta))
+
+
+def ema(w: Weights, x: Tensor, groups: int = 32, **args: Any) -> Tensor:
+    out = []
+    for v in x.chunk(groups, 1):
+        h = v.shape[2]
+        u = w.conv('conv1x1', torch.cat([v.mean(3), v.mean(2)], 2)[..., None])
+        gated = v * sigmoid(u[:, :, :h]) * sigmoid(u[:, :, h:]).transpose(2, 3)
+        gated = gated - gated.mean((2, 3), keepdim=True)
+        normal = gated / torch.sqrt((gated**2).mean((2, 3), keepdim=True) + 1e-5)
+        v1 = normal * w('gn.weight')[:, None, None] + w('gn.bias')[:, None, None]
+        v2 = w.conv('conv3x3', v, padding=1)
+        e1, e2 = torch.exp(pooled(v1)), torch.exp(pooled(v2))
+        t = torch.einsum('nc,nchw->nhw', e1 / e1.sum(1, keepdim=True), v2)
+        t = t + torch.einsum('nc,nchw->nhw', e2 / e2.sum(1, keepdim=True), v1)
+        out.append(v * sigmoid(t)[:, None])
+    return torch.cat(out, 1)
+
+
+def sge(w: Weights, x: Tensor, groups: int = 64, **args: Any) -> Tensor:
+    out = []
+    for i, v in enumerate(x.chunk(groups, 1)):
+        q = torch.einsum('nchw,nc->nhw', v, pooled(v))
+        spread = torch.std(q, (1, 2), keepdim=True) if q[0].numel() > 1 else torch.zeros(1, 1, 1, dtype=x.dtype)
+        t = (q - q.mean((1, 2), keepdim=True)) / (spread + 1e-5)
+        out.append(v * sigmoid(w('weight')[0, i] * t + w('bias')[0, i])[:, None])
+    return torch.cat(out, 1)
+
+
+def nl(w: Weights, x: Tensor, **args: Any) -> Tensor:
+    theta, phi, g = (w.conv(k, x).flatten(2) for k in ('theta', 'phi', 'g'))
+    e = torch.einsum('nhq,nhk->nqk', theta, phi) / math.sqrt(theta.shape[1])
+    e = torch.exp(e - e.detach().max())
+    t = torch.einsum('nqk,nhk->nhq', e / e.sum(2, keepdim=True), g).reshape(*theta.shape[:2], *x.shape[2:])
+    return x + w.bn('bn', w.conv('conv_out', t))
+
+
+def scsa(w: Weights, x: Tensor, num_heads: int = 1, window_size: int = 7, **args: Any) -> Tensor:
+    n, c, h, wd = x.shape
+
+    def strip_gate(norm: str, strip: Tensor) -> Tensor:  # (N, C, L)
+        parts = []
+        for part, k in zip(strip.chunk(4, 1), (3, 5, 7, 9), strict=True):
+            kernel, bias = w(f'conv{k}.weight')[:, 0], w(f'conv{k}.bias')
+            padded = torch.nn.functional.pad(part, (k // 2, k // 2))
+            taps = [padded[:, :, j : j + part.shape[2]] * kernel[:, j, None] for j in range(k)]
+            u = torch.stack(taps).sum(0) + bias[:, None]
+            u = u - u.mean((1, 2), keepdim=True)
+            parts.append(u / torch.sqrt((u**2).mean((1, 2), keepdim=True) + 1e-5))
+        return sigmoid(torch.cat(parts, 1) * w(f'{norm}.weight')[:, None] + w(f'{norm}.bias')[:, None])
+
+    a_h, a_w = strip_gate('norm_h', x.sum(3) / wd), strip_gate('norm_w', x.sum(2) / h)
+    x = torch.einsum('nchw,nch,ncw->nchw', x, a_h, a_w)
+    kh, kw = min(window_size, h), min(window_size, wd)
+    cells = [
+        x[:, :, i * kh : (i + 1) * kh, j * kw : (j + 1) * kw].mean((2, 3))
+        for i in range(h // kh)
+        for j in range(wd // kw)
+    ]
+    y = torch.stack(cells, 2)  # (N, C, N')
+    y = y - y.mean((1, 2), keepdim=True)
+    y = y / torch.sqrt((y**2).mean((1, 2), keepdim=True) + 1e-5)
+    y = y * w('norm.weight')[:, None] + w('norm.bias')[:, None]
+    q, k, v = (y * w(f'{part}.weight').flatten()[:, None] for part in 'qkv')
+    d, gates = c // num_heads, []
+    for head in range(num_heads):
+        of = slice(head * d, (head + 1) * d)
+        e = torch.exp(torch.einsum('nip,njp->nij', q[:, of], k[:, of]) / math.sqrt(d))
+        gates.append(torch.einsum('nij,njp->nip', e / e.sum(2, keepdim=True), v[:, of]).mean(2))
+    return per_channel(x, sigmoid(torch.cat(gates, 1)))
+
+
+def simam(w: Weights, x: Tensor, e_lambda: float = 1e-4, **args: Any) -> Tensor:
+    d = (x - pooled(x)[:, :, None, None]) ** 2
+    v = d.sum((2, 3), keepdim=True) / max(x.shape[2] * x.shape[3] - 1, 1)
+    return x * sigmoid(d / (4 * (v + e_lambda)) + 0.5)
+
+
 REFERENCES: dict[str, Callable[..., Tensor]] = {
     'se': se,
     'cbam': cbam,
@@ -249,6 +400,16 @@ REFERENCES: dict[str, Callable[..., Tensor]] = {
     'gsop': gsop,
     'triplet': triplet,
     'csa': csa,
+    'fca': fca,
+    'coord': coord,
+    'gc': gc,
+    'scse': scse,
+    'gct': gct,
+    'ema': ema,
+    'sge': sge,
+    'nl': nl,
+    'scsa': scsa,
+    'simam': simam,
 }
 
 GROUPED = {'rd_ratio': 1 / 4, 'groups': 4}
@@ -297,6 +458,42 @@ CASES: list[tuple[str, int, dict[str, Any], tuple[int, int, int]]] = [
     ('csa', 32, {}, (2, 1, 1)),
     ('csa', 32, {}, (2, 5, 9)),
     ('csa', 24, {'rd_ratio': 1 / 2, 'num_heads': 3}, (3, 7, 2)),
+    ('cbam', 32, {'order': 'spatial-channel'}, (2, 6, 5)),
+    ('cbam', 32, {'order': 'parallel', 'kernel_size': 3}, (2, 5, 8)),
+    ('fca', 32, {}, (2, 7, 7)),
+    ('fca', 48, {'rd_ratio': 1 / 4, 'dct_size': 7}, (2, 5, 16)),
+    ('fca', 32, {'dct_size': 17}, (1, 9, 34)),
+    ('fca', 16, {}, (3, 1, 1)),
+    ('coord', 24, {}, (2, 5, 9)),
+    ('coord', 40, {'rd_ratio': 1 / 4, 'min_width': 2}, (2, 1, 7)),
+    ('coord', 1, {'min_width': 1}, (1, 1, 1)),
+    ('gc', 48, {}, (2, 5, 9)),
+    ('gc', 24, {'rd_ratio': 1 / 4, 'fuse': 'mul'}, (1, 4, 3)),
+    ('gc', 24, {'rd_ratio': 1 / 4, 'fuse': 'both', 'pool': 'avg'}, (3, 2, 6)),
+    ('gc', 32, {}, (1, 1, 1)),
+    ('scse', 10, {}, (2, 5, 9)),
+    ('scse', 32, {'rd_ratio': 1 / 16, 'fuse': 'add'}, (1, 4, 3)),
+    ('scse', 2, {}, (1, 1, 1)),
+    ('gct', 10, {}, (2, 5, 9)),
+    ('gct', 7, {'mode': 'l1'}, (2, 3, 4)),
+    ('gct', 1, {}, (1, 1, 1)),
+    ('ema', 64, {}, (2, 5, 9)),
+    ('ema', 24, {'groups': 4}, (3, 7, 2)),
+    ('ema', 3, {'groups': 1}, (2, 1, 5)),
+    ('ema', 32, {}, (1, 1, 1)),
+    ('sge', 64, {}, (2, 5, 9)),
+    ('sge', 24, {'groups': 4}, (3, 7, 2)),
+    ('sge', 24, {'groups': 8}, (2, 1, 1)),
+    ('nl', 10, {}, (2, 5, 3)),
+    ('nl', 24, {'rd_ratio': 1 / 4}, (3, 2, 6)),
+    ('nl', 1, {}, (2, 2, 2)),
+    ('scsa', 16, {}, (2, 15, 30)),
+    ('scsa', 24, {'num_heads': 3}, (2, 5, 3)),
+    ('scsa', 8, {'window_size': 3}, (1, 10, 2)),
+    ('scsa', 8, {}, (2, 1, 1)),
+    ('simam', 5, {}, (2, 5, 9)),
+    ('simam', 3, {'e_lambda': 0.1}, (2, 1, 2)),
+    ('simam', 3, {'e_lambda': 0.1}, (2, 1, 1)),
 ]
 
 

@@ -22,17 +22,19 @@ FACTS: dict[str, Any] = dict(title='T', authors='B, A', year=2020, venue='V', pa
 
 
 def test_list_is_the_designs() -> None:
-    assert timm_attn.list_attn() == ['bam', 'cbam', 'csa', 'eca', 'gam', 'gsop', 'se', 'sk', 'srm', 'triplet']
+    names = 'bam cbam coord csa eca ema fca gam gc gct gsop nl scsa scse se sge simam sk srm triplet'
+    assert timm_attn.list_attn() == names.split()
 
 
 @pytest.mark.parametrize('name', list_attn())
 def test_entry_cites_its_paper_and_its_file_does_too(name: str) -> None:
     spec = get_attn(name)
     assert spec.name == name
-    assert spec.placement in ('block', 'last_block', 'stage', 'conv')
-    assert spec.paper.startswith('https://arxiv.org/abs/')
+    assert spec.place == _registry.PLACEMENTS[spec.placement]
+    assert spec.paper.startswith(('https://arxiv.org/abs/', 'https://proceedings.mlr.press/'))
     assert spec.code.startswith('https://github.com/') or name == 'csa'
-    assert 2017 <= spec.year <= 2023
+    assert spec.licence in ('MIT', 'Apache-2.0', 'none stated') or (name == 'csa' and not spec.licence)
+    assert 2017 <= spec.year <= 2025
     assert spec.title in spec.bibtex and spec.authors in spec.bibtex and spec.paper in spec.bibtex
     source = sys.modules[spec.cls.__module__].__doc__ or ''
     assert spec.paper in source
@@ -62,7 +64,7 @@ def test_entries_cannot_be_changed() -> None:
 
 
 def test_unknown_attention_names_the_choices() -> None:
-    with pytest.raises(ValueError, match=r"Unknown attention 'foo'\. Expected one of: bam, cbam, csa, eca"):
+    with pytest.raises(ValueError, match=r"Unknown attention 'foo'\. Expected one of: bam, cbam, coord, csa"):
         get_attn('foo')
 
 

@@ -19,9 +19,12 @@ from timm_attn.layers import attn_sites
 # One small model for each attention: a tenth of the depth and a quarter of the width.
 THIN: dict[str, Any] = {'layers': (1, 1, 1, 1), 'channels': (32, 64, 96, 128)}
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
-    **{a: (f'{a}_resnet18', THIN) for a in list_attn() if a not in ('sk', 'gsop')},
+    **{a: (f'{a}_resnet18', THIN) for a in list_attn() if a not in ('sk', 'gsop', 'fca')},
     # Two hidden units, 32 // 16, are easily both dead.
-    **{a: (f'{a}_resnet18', {**THIN, 'attn_args': {'rd_ratio': 1 / 4}}) for a in ('se', 'cbam', 'bam', 'gam')},
+    **{a: (f'{a}_resnet18', {**THIN, 'attn_args': {'rd_ratio': 1 / 4}}) for a in ('se', 'cbam', 'bam', 'gam', 'gc')},
+    'fca': ('fca_resnet34', {**THIN, 'attn_args': {'rd_ratio': 1 / 4}}),
+    'sge': ('sge_resnet18', {**THIN, 'attn_args': {'groups': 8}}),
+    'ema': ('ema_resnet18', {**THIN, 'attn_args': {'groups': 8}}),
     'sk': ('sk_resnet50', THIN),
     'sknet': ('sk_resnext50_32x4d', THIN),
     'gsop': ('gsop_resnet50', {**THIN, 'attn_args': {'dim': 16}}),
@@ -53,7 +56,7 @@ def build(kind: str, trained: bool = True, **kwargs: Any) -> Any:
                     tensor.uniform_(0.75, 1.25)
                 elif key.endswith(('running_mean', 'bias')):
                     tensor.normal_(0, 0.1)
-                elif key.endswith(('cfc', 'gamma', 'temperature')):
+                elif key.endswith(('cfc', 'gamma', 'temperature', 'mlp_add.fc2.weight')):
                     tensor.normal_(0, 0.5)
     return model
 

@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import timm
@@ -23,10 +23,11 @@ ATTN_RESNET = {
     'gsop_resnet50',
     'gsop_resnet101',
     *(f'csa_resnet{d}' for d in (18, 34, 50)),
+    *(f'fca_resnet{d}' for d in (34, 50, 101, 152)),
+    *(f'{a}_resnet{d}' for a in ('coord', 'gc', 'scse', 'ema', 'sge', 'gct', 'scsa', 'nl', 'simam') for d in (18, 50)),
 }
 SK_RESNET = {'sk_resnet50', 'sk_resnet101', 'sk_resnext50_32x4d', 'sk_resnext101_32x4d'}
-BLOCK_ATTN = [a for a in timm_attn.list_attn() if timm_attn.layers.get_attn(a).placement == 'block']
-SIMPLE_CNN = {'simple_cnn', *(f'simple_cnn_{a}' for a in BLOCK_ATTN)}
+SIMPLE_CNN = {'simple_cnn', *(f'simple_cnn_{a}' for a in ('cbam', 'csa', 'eca', 'gam', 'se', 'srm', 'triplet'))}
 OURS = sorted(ATTN_RESNET | SK_RESNET | SIMPLE_CNN)
 
 BN = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
@@ -59,6 +60,16 @@ KEYS = {
     'gsop': _keys('conv_reduce', 'bn_reduce', 'bn_row', 'conv_row', 'conv_expand'),
     'triplet': _keys('cw.conv!', 'cw.bn', 'hc.conv!', 'hc.bn', 'hw.conv!', 'hw.bn'),
     'csa': ['temperature', 'gamma', *_keys('qkv!', 'proj')],
+    'fca': _keys('fc1!', 'fc2!'),
+    'coord': _keys('conv1', 'bn1', 'conv_h', 'conv_w'),
+    'gc': _keys('conv_attn', 'mlp_add.fc1', 'mlp_add.norm', 'mlp_add.fc2'),
+    'scse': _keys('fc1', 'fc2', 'conv'),
+    'gct': ['alpha', 'gamma', 'beta'],
+    'ema': _keys('conv1x1', 'gn', 'conv3x3'),
+    'sge': ['weight', 'bias'],
+    'nl': _keys('theta', 'phi', 'g', 'conv_out!', 'bn'),
+    'scsa': _keys('conv3', 'conv5', 'conv7', 'conv9', 'norm_h', 'norm_w', 'norm', 'q!', 'k!', 'v!'),
+    'simam': [],
 }
 
 
@@ -163,6 +174,9 @@ def test_sites_are_where_the_released_nets_have_them() -> None:
     assert sites('bam_resnet18') == ['layer1.2', 'layer2.2', 'layer3.2']
     assert sites('bam_resnet50') == ['layer1.3', 'layer2.4', 'layer3.6']
     assert sites('gsop_resnet50') == ['layer1.2.se', 'layer2.3.se', 'layer3.5.se', 'layer4.2.se']
+    assert sites('fca_resnet50') == sites('scsa_resnet50') == sites('gc_resnet50') == [f'{b}.se' for b in blocks]
+    assert sites('nl_resnet50') == ['layer3.4.se'] and sites('nl_resnet18') == ['layer3.0.se']
+    assert sites('simam_resnet50') == [f'{b}.conv2.attn' for b in blocks]
     assert sites('simple_cnn_se') == ['blocks.0.se', 'blocks.2.se']
 
 
@@ -171,6 +185,18 @@ def test_eca_kernels_are_the_released_ones(depth: int, sizes: str) -> None:
     model = create_model(f'eca_resnet{depth}', device='meta')
     found = {site[:6]: m.get_parameter('conv.weight').shape[-1] for site, m in attn_sites(model).items()}
     assert ''.join(str(found[f'layer{k}']) for k in (1, 2, 3, 4)) == sizes
+
+
+@pytest.mark.parametrize('depth', [34, 50, 101, 152])
+def test_fca_sizes_are_those_of_the_stages(depth: int) -> None:
+    found = {site[:6]: m for site, m in attn_sites(create_model(f'fca_resnet{depth}', device='meta')).items()}
+    assert [cast(Any, found[f'layer{k}']).dct_size for k in (1, 2, 3, 4)] == [56, 28, 14, 7]
+
+
+@pytest.mark.parametrize('depth', [18, 50])
+def test_simam_has_the_published_lambda(depth: int) -> None:
+    sites = attn_sites(create_model(f'simam_resnet{depth}', device='meta'))
+    assert {cast(Any, m).e_lambda for m in sites.values()} == {0.1}
 
 
 def test_gsop_strides_and_resolution_are_the_released_ones() -> None:
@@ -253,7 +279,9 @@ def test_cifar_stem_needs_a_single_convolution() -> None:
 # Weight decay.
 
 
-@pytest.mark.parametrize(('name', 'suffix'), [('srm_resnet18', '.cfc'), ('csa_resnet18', '.temperature')])
+@pytest.mark.parametrize(
+    ('name', 'suffix'), [('srm_resnet18', '.cfc'), ('csa_resnet18', '.temperature'), ('gct_resnet18', '.beta')]
+)
 @pytest.mark.parametrize('layer_decay', [None, 0.8])
 def test_exemption_from_weight_decay_reaches_timms_optimizers(
     name: str, suffix: str, layer_decay: float | None
