@@ -349,7 +349,7 @@ def nl(w: Weights, x: Tensor, **args: Any) -> Tensor:
 
 
 def scsa(w: Weights, x: Tensor, num_heads: int = 1, window_size: int = 7, **args: Any) -> Tensor:
-    n, c, h, wd = x.shape
+    _, c, h, wd = x.shape
 
     def strip_gate(norm: str, strip: Tensor) -> Tensor:  # (N, C, L)
         parts = []
