@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from timm_attn.lab import plots
-from timm_attn.lab.stats import estimate
+from timm_attn.lab.stats import estimate, judge
 from timm_attn.lab.tables import Row
 from timm_attn.layers import Gate
 
@@ -30,15 +30,18 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return figures
 
 
-def rows(labels: list[str], parameters: Callable[[int], int]) -> list[Row]:
+def rows(labels: list[str], parameters: Callable[[int], int], seeds: int = 2) -> list[Row]:
+    differences = {label: [i / 10 - 0.02 * s for s in range(seeds)] for i, label in enumerate(labels) if i}
+    judged = judge(differences)
     return [
         Row(
             label=label,
             parameters=parameters(i),
             top1=estimate([98 + i / 10, 98.5 + i / 10]),
-            difference=estimate([i / 10, i / 10 - 0.1]) if i else None,
+            difference=estimate(differences[label]) if i else None,
             seconds=1.5 + i / 7,
             activation_mib=10.0,
+            judged=judged.get(label),
         )
         for i, label in enumerate(labels)
     ]
@@ -83,8 +86,24 @@ def test_labels_of_a_comparison_neither_collide_nor_leave_the_picture(
     plots.comparison(rows(labels, parameters), tmp_path / 'c.png', title='digits: 12 epochs, 2 seeds', clock='cpu')
     figure = drawn[0]
     assert_texts_apart_and_inside(figure)
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == labels
-    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == labels[1:]
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == labels
+    assert ('too few seeds' in figure.axes[1].get_xlabel()) == (len(labels) > 1)  # Two seeds in the rows above.
+
+
+def test_intervals_of_differences_are_the_corrected_ones(drawn: list[Any], tmp_path: Path) -> None:
+    table = rows(['plain', 'SE', 'CBAM'], lambda i: 1000, seeds=6)
+    plots.comparison(table, tmp_path / 'c.png', title='six seeds', clock='cpu')
+    axis = drawn[0].axes[1]
+    assert 'corrected 95 % interval' in axis.get_xlabel()
+    ends = [
+        segment[:, 0].tolist() for c in axis.collections if hasattr(c, 'get_segments') for segment in c.get_segments()
+    ]
+    for row in table[1:]:
+        assert row.judged is not None and row.difference is not None
+        assert pytest.approx([row.judged.low, row.judged.high]) in ends
+        # Wider than the interval of one model alone, but for the last of Holm's procedure.
+        assert row.judged.low < row.difference.low or row.judged.level == 0.05
+    assert {row.judged.level for row in table[1:] if row.judged} == {0.05, 0.025}
 
 
 @pytest.mark.parametrize('labels', [['plain', 'SE'], LONG])

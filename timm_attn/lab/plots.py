@@ -26,7 +26,7 @@ def style(index: int) -> dict[str, Any]:
 
 
 def comparison(table: Sequence[Row], path: str | Path, *, title: str, clock: str) -> None:
-    """Draws the paired differences, and accuracy against parameters and against time.
+    """Draws accuracies, paired differences, parameters and time, each model on a line of its own.
 
     Args:
         table: Rows; the first is what others are compared with.
@@ -35,39 +35,45 @@ def comparison(table: Sequence[Row], path: str | Path, *, title: str, clock: str
         clock: 'cpu' or 'wall', said at the axis of time.
     """
     plt = _pyplot()
-    figure = plt.figure(figsize=(13, 4.6), layout='constrained')
-    left, middle, right = figure.subplots(1, 3, width_ratios=(1.15, 1, 1))
+    figure = plt.figure(figsize=(13, 1.9 + 0.42 * len(table)), layout='constrained')
+    axes = figure.subplots(1, 4, sharey=True, width_ratios=(1.1, 1.5, 0.8, 0.8))
     figure.suptitle(title, fontsize=13)
-    _differences(left, table)
-    for axis, key, label in (
-        (middle, 'parameters', 'parameters'),
-        (right, 'seconds', f'{clock} seconds per training epoch'),
+    for i, row in enumerate(table):
+        top1 = row.top1
+        _seeds(axes[0], top1.values, i)
+        _mean(axes[0], i, top1.mean, top1.low, top1.high)
+        axes[2].plot(row.parameters, i, markersize=8, **style(i))
+        axes[3].plot(row.seconds, i, markersize=8, **style(i))
+    axes[0].set_xlabel('top-1 accuracy, %\n(each seed; mean\nwith 95 % interval)')
+    _differences(axes[1], table)
+    for axis, values, label in (
+        (axes[2], [row.parameters for row in table], 'parameters'),
+        (axes[3], [row.seconds for row in table], f'{clock} seconds\nper training epoch'),
     ):
-        for i, row in enumerate(table):
-            low, high = _interval(row)
-            axis.errorbar(
-                getattr(row, key),
-                row.top1.mean,
-                yerr=[[row.top1.mean - low], [high - row.top1.mean]],
-                capsize=3,
-                markersize=8,
-                linestyle='none',
-                label=row.label,
-                **style(i),
-            )
         axis.set_xlabel(label)
-        axis.set_ylabel('top-1 accuracy, %')
-        values = [getattr(row, key) for row in table]
         if max(values) > 8 * min(values):
             axis.set_xscale('log')
-        elif key == 'parameters':
+        else:
+            axis.set_xlim(0, 1.15 * max(values))  # A length from zero: twice as far is twice as much.
             axis.xaxis.set_major_formatter(require('matplotlib.ticker', 'lab').EngFormatter())
-            axis.xaxis.set_major_locator(plt.MaxNLocator(5))
-        axis.margins(x=0.12, y=0.12)
+            axis.xaxis.set_major_locator(plt.MaxNLocator(3))
+    axes[0].set_yticks(range(len(table)), [row.label for row in table])
+    axes[0].set_ylim(len(table) - 0.5, -0.5)
+    for axis in axes:
         axis.grid(alpha=0.25)
-    right.sharey(middle)
-    _legend(figure, middle)
     _save(figure, path)
+
+
+def _seeds(axis: Any, values: Sequence[float], i: int) -> None:
+    axis.scatter(values, [i] * len(values), s=16, color=style(i)['color'], alpha=0.35, linewidths=0)
+
+
+def _mean(axis: Any, i: int, mean: float, low: float, high: float) -> None:
+    """The mean with its interval; hollow where there is none."""
+    known = not math.isnan(low)
+    error = [[mean - low], [high - mean]] if known else None
+    fill = {} if known else dict(markerfacecolor='white')
+    axis.errorbar(mean, i, xerr=error, capsize=4, markersize=8, linewidth=1.8, **style(i), **fill)
 
 
 def curves(runs: Sequence[dict[str, Any]], labels: Sequence[str], path: str | Path, *, title: str) -> None:
@@ -184,21 +190,16 @@ def attention(
 
 
 def _differences(axis: Any, table: Sequence[Row]) -> None:
-    others = [(i, row) for i, row in enumerate(table) if row.difference is not None]
     axis.axvline(0, color='0.4', linewidth=1)
-    for place, (i, row) in enumerate(others):
-        d = row.difference
-        if d is None:
+    few = False
+    for i, row in enumerate(table):
+        if row.difference is None or row.judged is None:
             continue
-        axis.scatter(d.values, [place] * len(d.values), s=16, color=style(i)['color'], alpha=0.35, linewidths=0)
-        low, high = (d.mean, d.mean) if math.isnan(d.low) else (d.low, d.high)
-        error = [[d.mean - low], [high - d.mean]]
-        axis.errorbar(d.mean, place, xerr=error, capsize=4, markersize=8, linewidth=1.8, **style(i))
-    axis.set_yticks(range(len(others)), [row.label for _, row in others])
-    axis.set_ylim(max(len(others), 1) - 0.5, -0.5)
-    reference = table[0].label if table else ''
-    axis.set_xlabel(f'top-1 difference to {reference}, points\n(each seed; mean with 95 % interval)')
-    axis.grid(alpha=0.25, axis='x')
+        few |= row.judged.verdict == 'too few seeds'
+        _seeds(axis, row.difference.values, i)
+        _mean(axis, i, row.difference.mean, row.judged.low, row.judged.high)
+    said = 'hollow:\ntoo few seeds to claim' if few else 'mean with\ncorrected 95 % interval'
+    axis.set_xlabel(f'difference to the first, points\n(each seed; {said})')
 
 
 def _legend(figure: Any, axis: Any) -> None:
@@ -206,10 +207,6 @@ def _legend(figure: Any, axis: Any) -> None:
     # About as many letters as fit below a figure of eleven inches, with five for marker and gap of each entry.
     columns = max(1, min(len(labels), 110 // (max(map(len, labels)) + 5)))
     figure.legend(handles, labels, loc='outside lower center', ncols=columns, frameon=False)
-
-
-def _interval(row: Row) -> tuple[float, float]:
-    return (row.top1.mean, row.top1.mean) if math.isnan(row.top1.low) else (row.top1.low, row.top1.high)
 
 
 def _pyplot() -> Any:
