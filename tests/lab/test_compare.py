@@ -1,20 +1,28 @@
 import json
+import math
+import re
 import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+import timm_attn
+from timm_attn.lab import compare as compare_module
+from timm_attn.lab import tables
 from timm_attn.lab.compare import compare, load_runs, write_report
 from timm_attn.lab.comparison import Comparison
 from timm_attn.lab.data import Data, load_data
+from timm_attn.lab.runs import Lease
 from timm_attn.lab.train import Entry, Settings, initial_model
 
 Cli = Callable[..., None]
@@ -120,18 +128,42 @@ def test_processes_give_the_bits_of_one_process_and_end_with_their_parent(
         assert set(child.stdout.read().split()) <= {'mid-epoch'}
 
 
-def test_parts_of_a_job_array_merge_to_the_whole(comparison: Comparison, tmp_path: Path) -> None:
+def test_workers_that_share_a_folder_do_each_run_once(comparison: Comparison, tmp_path: Path) -> None:
     whole = compare(comparison, tmp_path / 'whole', progress=False)
-    first = compare(comparison, tmp_path / 'parts', shard=(1, 3), progress=False)
-    assert [r['run'] for r in first] == ['SE-seed1', 'plain-seed0']
-    table, missing, _ = write_report(tmp_path / 'parts')
+    out = tmp_path / 'shared'
+    # Another worker, alive, is at two of the four runs; its clock is none of ours.
+    other = [Lease(out / 'leases', name, clock=lambda: -1e9) for name in ('SE-seed0', 'plain-seed1')]
+    assert all(lease.take() for lease in other)
+    with other[0].alive(), other[1].alive():
+        mine = compare(comparison, out, progress=False)
+        assert [r['run'] for r in mine] == ['SE-seed1', 'plain-seed0']
+        table, missing, _ = write_report(out)
     assert missing == ['plain-seed1', 'SE-seed0']
     assert [len(r.top1.values) for r in table] == [1, 1] and table[1].difference is None  # No seed in common.
-    assert '**Not finished:** plain-seed1, SE-seed0.' in (tmp_path / 'parts/report.md').read_text()
-    for i in (3, 2):
-        merged = compare(comparison, tmp_path / 'parts', shard=(i, 3), progress=False)
-    assert outcome(merged) == outcome(whole)
-    assert write_report(tmp_path / 'parts')[0][1].difference == write_report(tmp_path / 'whole')[0][1].difference
+    assert '**Not finished:** plain-seed1, SE-seed0.' in (out / 'report.md').read_text()
+    stamps = {p: p.stat().st_mtime_ns for p in (out / 'runs').iterdir()}
+    assert outcome(compare(comparison, out, progress=False)) == outcome(whole)
+    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
+    assert not list((out / 'leases').glob('*.lease'))
+    assert write_report(out)[0][1].difference == write_report(tmp_path / 'whole')[0][1].difference
+
+
+def test_a_run_taken_over_by_another_worker_is_not_written(
+    comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = replace(comparison, models=comparison.models[:1], seeds=1)
+    done = compare_module.run
+
+    def slow(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        record = done(*args, **kwargs)
+        # It hung for so long that another took the run, and that one lives.
+        (tmp_path / 'leases/plain-seed0.1.lease').write_text('["another", 0, "elsewhere", 1, ""]')
+        return record
+
+    monkeypatch.setattr(compare_module, 'run', slow)
+    assert compare(one, tmp_path, progress=False) == []
+    assert not (tmp_path / 'runs').exists()
+    assert (tmp_path / 'leases/plain-seed0.1.lease').exists()
 
 
 def test_finished_runs_are_kept_and_models_and_seeds_can_be_added(comparison: Comparison, tmp_path: Path) -> None:
@@ -169,13 +201,98 @@ def test_foreign_and_broken_records_are_refused(comparison: Comparison, tmp_path
     with pytest.raises(ValueError, match=r"plain-seed0\.json' was made with other settings or data"):
         load_runs(tmp_path)
     path.write_text('{"run": ')
-    with pytest.raises(ValueError, match=r"plain-seed0\.json' is no JSON .*: remove it"):
+    with pytest.raises(ValueError, match=r"plain-seed0\.json' is no JSON .*: remove it, and the run is done again"):
         load_runs(tmp_path)
 
 
+def edits(held: Any) -> Iterator[Any]:
+    """The value with each part of it in turn left out, or replaced by something of another type."""
+    if isinstance(held, dict):
+        for key, value in held.items():
+            yield {k: v for k, v in held.items() if k != key}
+            yield from ({**held, key: other} for other in edits(value))
+    elif isinstance(held, list) and held:
+        yield from ([*held[:-1], other] for other in edits(held[-1]))
+    for other in (None, 'x', [1], {'a': 1}, -1.5, True, math.nan):
+        if type(other) is not type(held):
+            yield other
+
+
+def test_records_edited_by_hand_give_the_promised_error_whatever_was_changed(
+    comparison: Comparison, tmp_path: Path
+) -> None:
+    compare(replace(comparison, models=comparison.models[:1], seeds=1), tmp_path, progress=False)
+    path = tmp_path / 'runs/plain-seed0.json'
+    record = json.loads(path.read_text())
+    # What the report does not read may be anything.
+    free = ('resumed_after', 'shared_initial_tensors', 'weights_sha256')
+    read = {k: v for k, v in record.items() if k not in free}
+    refused = total = 0
+    for edited in edits(read):
+        path.write_text(json.dumps(edited))
+        total += 1
+        said = ''
+        try:
+            tables.report(comparison.plain(), load_runs(tmp_path), [])
+        except ValueError as e:
+            refused += 1
+            said = str(e)
+        assert said == '' or re.search(r"plain-seed0\.json' (is damaged|was made).*: remove it", said), said
+    assert refused > 0.8 * total > 50
+    path.write_text(json.dumps(record))
+    held = json.loads((tmp_path / 'comparison.json').read_text())
+    for edited in ({**held, 'seeds': 'two'}, [], {**held, 'models': []}, {**held, 'data': 1}):
+        (tmp_path / 'comparison.json').write_text(json.dumps(edited))
+        with pytest.raises(ValueError, match=r"comparison\.json' is damaged .*: restore it, or choose another folder"):
+            load_runs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(models=(Entry('plain', 'resnet18'), Entry('x', 'cbma_resnet18'))), r'did you mean .*cbam_resnet18'),
+        (dict(models=(Entry('plain', 'resnet18', dict(colour='red')),)), r"'plain' \(resnet18\) cannot be built with"),
+        (dict(models=(Entry('plain', 'vit_tiny_patch16_224'),)), r"'plain' takes no images of 8 pixels"),
+        (dict(settings=dict(opt='adamm')), r"'opt' \(=adamm\) \(did you mean .*adam"),
+        (dict(settings=dict(batch_size=41)), r"'batch_size' \(=41\) exceeds the 40 training images"),
+        (
+            dict(settings=dict(pretrained=True), models=(Entry('p', 'simple_cnn'),)),
+            'No pretrained weights exist for simple_cnn',
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_trained_or_written(
+    comparison: Comparison, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    settings = replace(comparison.settings, **change.get('settings', {}))
+    wrong = replace(comparison, settings=settings, models=change.get('models', comparison.models))
+    with pytest.raises(ValueError, match=message):
+        compare(wrong, tmp_path / 'out', progress=False)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_settings_that_timm_would_take_in_silence_are_refused(tiny_settings: Settings) -> None:
+    with pytest.raises(ValueError, match=r"'sched' \(=cosin\) \(did you mean cosine\?\) must be one of"):
+        replace(tiny_settings, sched='cosin')
+    for lr in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match=r"'lr' \(=.*\) must be positive"):
+            replace(tiny_settings, lr=lr)
+
+
+def test_a_folder_that_is_no_model_is_refused_by_the_checked_reader(comparison: Comparison, tmp_path: Path) -> None:
+    model = timm.create_model('se_resnet18', num_classes=4, in_chans=1, **comparison.models[0].args)
+    timm_attn.save(model, tmp_path / 'model')
+    weights = load_file(tmp_path / 'model/model.safetensors')
+    weights['conv1.weight'][0] = math.nan
+    save_file(weights, tmp_path / 'model/model.safetensors', metadata={'format': 'pt'})
+    for pretrained in (True, False):
+        entry = Entry('mine', f'local-dir:{tmp_path / "model"}')
+        settings = replace(comparison.settings, pretrained=pretrained)
+        with pytest.raises(ValueError, match='NaN'):
+            compare(replace(comparison, models=(entry,), settings=settings), tmp_path / 'out', progress=False)
+
+
 def test_user_errors_say_what_to_do(comparison: Comparison, tmp_path: Path, cli: Cli) -> None:
-    with pytest.raises(ValueError, match=r"'shard' \(=3/2\) must be I/N with I from 1 to N"):
-        compare(comparison, tmp_path, shard=(3, 2))
     with pytest.raises(ValueError, match=r"'jobs' \(=0\) must be at least 1"):
         compare(comparison, tmp_path, jobs=0)
     with pytest.raises(ValueError, match='No models: name at least one'):
@@ -193,8 +310,8 @@ def test_user_errors_say_what_to_do(comparison: Comparison, tmp_path: Path, cli:
         cli('compare', '--data', 'digits', '--out', tmp_path)
     with pytest.raises(ValueError, match='Name the data by --data'):
         cli('compare', '--models', 'resnet18', '--out', tmp_path)
-    with pytest.raises(ValueError, match=r'--shard \(=2\) must be I/N, for example 2/8'):
-        cli('compare', '--models', 'resnet18', '--shard', '2', '--out', tmp_path)
+    with pytest.raises(ValueError, match=r'--images \(=2\) must be TRAIN,VAL, for example 6000,2000'):
+        cli('compare', '--models', 'resnet18', '--data', 'digits', '--images', '2', '--out', tmp_path)
     assert not any(tmp_path.iterdir())
 
 
@@ -210,8 +327,6 @@ def test_command_line_trains_on_a_folder_and_saves_the_best(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import timm
-
     folder = image_folder('pets', {'cat': 20, 'dog': 20}, side=24)
     words = ['compare', '--models', 'plain=resnet18,SE=se_resnet18', '--cifar-stem', '--data', folder]
     words += ['--img-size', '16', '--model-kwargs', 'layers=[1,1,1,1]', 'channels=[16,16,16,16]']

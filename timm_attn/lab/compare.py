@@ -7,27 +7,29 @@ of a job array that share the folder. Bits are the same on machines of one kind 
 """
 
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..files import atomic_write
 from ..optional import require
 from . import plots, tables
 from .comparison import Comparison
-from .data import Data
-from .train import Entry, Report, Settings, run, run_id
+from .data import Data, randomness_of
+from .runs import BEAT, Lease, LeaseLost, dumps, read_comparison, read_record, write
+from .train import Entry, Report, Settings, build, optimization, run, run_id
 
 
 def compare(
@@ -35,46 +37,73 @@ def compare(
     out: str | Path,
     *,
     jobs: int = 1,
-    shard: tuple[int, int] = (1, 1),
     workers: int = 0,
     save_weights: bool = False,
     progress: bool = True,
+    imports: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Does the runs that are not done yet, and returns the records of all that are done.
+
+    Any number of processes on any machines may do so at once in one folder: each run is done by one of them, and what
+    a killed one left is taken over. Runs that others are at are not waited for.
 
     Args:
         comparison: What to run.
         out: Folder of the results, new or of the same comparison. More models or seeds than before are fine.
         jobs: Processes; the cores are divided among them.
-        shard: (i, n): do the i-th of n parts of the runs, i from 1.
         workers: Processes per run that decode images.
         save_weights: Keep the final weights of each run in `checkpoints/`.
         progress: A bar on stderr.
+        imports: Modules that register models or attentions; each process imports them.
 
     Raises:
-        ValueError: The folder holds another comparison, the device is absent, or a run failed.
+        ValueError: A model, an option or the data will not do, the folder holds another comparison, or a run failed.
+            What can be known before the first run is.
     """
     out = Path(out)
-    part, parts = shard
-    if not 1 <= part <= parts:
-        raise ValueError(f"'shard' (={part}/{parts}) must be I/N with I from 1 to N.")
     if jobs < 1:
         raise ValueError(f"'jobs' (={jobs}) must be at least 1.")
-    device = comparison.settings.device
-    if torch.device(device).type == 'cuda' and not torch.cuda.is_available():
-        raise ValueError(f"'{device}' is not available here: pass --device cpu.")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"'{out}' is a file; the folder of the results is written here: choose another name.")
+    check(comparison)
     _claim(out, comparison.plain())
-    todo = [r for r in comparison.runs()[part - 1 :: parts] if not _record_path(out, *r).exists()]
+    todo = [r for r in comparison.runs() if not _record_path(out, *r).exists()]
     reference = comparison.models[0]
     left = len(todo) * comparison.settings.epochs
     with _bar(left, progress and bool(todo)) as report:
         tasks = [_Task(entry, reference, s, comparison.settings, str(out), workers, save_weights) for entry, s in todo]
-        if jobs == 1 or len(tasks) < 2:
-            for task in tasks:
-                _do(task, comparison.data, report)
+        jobs = min(jobs, len(tasks))
+        if jobs <= 1:
+            _share(tasks, _Inline(comparison.data, report), 1)
         else:
-            _do_in_processes(tasks, comparison.data, min(jobs, len(tasks)), report)
+            _do_in_processes(tasks, comparison.data, jobs, report, imports)
     return load_runs(out)
+
+
+def check(comparison: Comparison) -> None:
+    """Builds every model with its weights, the optimizer and the schedule, and has each model see one image.
+
+    Raises:
+        ValueError: What will not do, and for which model.
+    """
+    data, settings = comparison.data, comparison.settings
+    if settings.batch_size > len(data.train):
+        raise ValueError(f"'batch_size' (={settings.batch_size}) exceeds the {len(data.train)} training images.")
+    if torch.device(settings.device).type == 'cuda' and not torch.cuda.is_available():
+        raise ValueError(f"'{settings.device}' is not available here: pass --device cpu.")
+    with randomness_of('check'):
+        for entry in comparison.models:
+            model = build(entry, data, settings).eval()
+            try:
+                with torch.no_grad():
+                    out = model(torch.zeros(2, data.in_chans, settings.img_size, settings.img_size))
+            except (RuntimeError, AssertionError, ValueError) as e:
+                raise ValueError(
+                    f"'{entry.label}' takes no images of {settings.img_size} pixels ({e}): choose another --img-size."
+                ) from e
+            if out.shape != (2, len(data.classes)):
+                raise ValueError(f"'{entry.label}' gives {tuple(out.shape)} for 2 images: it is no classifier.")
+            optimization(model, settings, updates_per_epoch=1)
 
 
 def load_runs(out: str | Path) -> list[dict[str, Any]]:
@@ -83,17 +112,12 @@ def load_runs(out: str | Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: A record is no JSON, or belongs to another comparison.
     """
-    held = _load_comparison(Path(out))
+    held = read_comparison(Path(out))
     digest = _digest(held)
     wanted = {run_id(Entry(**m), s) for m in held['models'] for s in range(held['seeds'])}
-    records = []
-    for path in sorted((Path(out) / 'runs').glob('*.json')):
-        record = _load_json(path)
-        if record.get('comparison') != digest:
-            raise ValueError(f"'{path}' was made with other settings or data than '{out}' holds: remove it.")
-        if record['run'] in wanted:
-            records.append(record)
-    return records
+    paths = sorted((Path(out) / 'runs').glob('*.json'))
+    records = [read_record(p, digest, lambda model, seed: run_id(Entry(**model), seed)) for p in paths]
+    return [r for r in records if r['run'] in wanted]
 
 
 def write_report(out: str | Path) -> tuple[list[tables.Row], list[str], str]:
@@ -109,7 +133,7 @@ def write_report(out: str | Path) -> tuple[list[tables.Row], list[str], str]:
         ValueError: The folder holds no comparison, or no finished run.
     """
     out = Path(out)
-    held = _load_comparison(out)
+    held = read_comparison(out)
     runs = load_runs(out)
     if not runs:
         raise ValueError(f"'{out}' holds no finished run yet.")
@@ -125,8 +149,9 @@ def write_report(out: str | Path) -> tuple[list[tables.Row], list[str], str]:
     if not missing:
         with suppress(OSError):  # Kept while it holds weights.
             (out / 'checkpoints').rmdir()
-    _write(out / 'report.md', tables.report(held, runs, missing))
-    _write(out / 'results.json', _dumps({**held, 'missing': missing, 'rows': [asdict(r) for r in table], 'runs': runs}))
+            (out / 'leases').rmdir()
+    write(out / 'report.md', tables.report(held, runs, missing))
+    write(out / 'results.json', dumps({**held, 'missing': missing, 'rows': [asdict(r) for r in table], 'runs': runs}))
     return table, missing, tables.text_table(*tables.cells(table, clock))
 
 
@@ -141,29 +166,82 @@ class _Task:
     save_weights: bool
 
 
-def _do(task: _Task, data: Data, report: Report) -> None:
-    out = Path(task.out)
-    checkpoints = out / 'checkpoints'
-    record = run(
+def _do(task: _Task, data: Data, report: Report) -> dict[str, Any]:
+    return run(
         task.entry,
         task.reference,
         data,
         task.settings,
         task.seed,
-        checkpoints,
+        Path(task.out) / 'checkpoints',
         workers=task.workers,
         save_weights=task.save_weights,
         report=report,
     )
-    record['comparison'] = _digest(_load_comparison(out))
-    _write(_record_path(out, task.entry, task.seed), _dumps(record))
-    (checkpoints / f'{record["run"]}.pt').unlink(missing_ok=True)
+
+
+def _finish(task: _Task, record: dict[str, Any], lease: Lease) -> None:
+    out = Path(task.out)
+    record['comparison'] = _digest(read_comparison(out))
+    lease.check()  # Taken over while this process was away: the other writes the record.
+    write(_record_path(out, task.entry, task.seed), dumps(record))
+    (out / 'checkpoints' / f'{record["run"]}.pt').unlink(missing_ok=True)
+
+
+class _Inline:
+    """Does tasks in this process, for those that ask for futures."""
+
+    def __init__(self, data: Data, report: Report) -> None:
+        self.data = data
+        self.report = report
+
+    def submit(self, task: _Task) -> 'Future[dict[str, Any]]':
+        future: Future[dict[str, Any]] = Future()
+        try:
+            future.set_result(_do(task, self.data, self.report))
+        except Exception as e:
+            future.set_exception(e)
+        return future
+
+
+def _share(tasks: Sequence[_Task], pool: Any, jobs: int) -> None:
+    """Does the tasks that no other worker holds, `jobs` at a time, and those of workers that died meanwhile."""
+    out = Path(tasks[0].out) if tasks else Path()
+    todo = [(task, Lease(out / 'leases', run_id(task.entry, task.seed))) for task in tasks]
+    running: dict[Future[dict[str, Any]], tuple[_Task, Lease, ExitStack]] = {}
+    with ExitStack() as all_held:
+        while todo or running:
+            for task, lease in list(todo):
+                done = _record_path(out, task.entry, task.seed)
+                if not done.exists():
+                    if len(running) == jobs or not lease.take():
+                        continue
+                    held = all_held.enter_context(ExitStack())
+                    held.enter_context(lease.alive())
+                    if not done.exists():  # Or its holder finished between the two looks.
+                        running[pool.submit(task)] = task, lease, held
+                    else:
+                        held.close()
+                todo.remove((task, lease))
+            if running:
+                for future in wait(running, timeout=BEAT if todo else None, return_when=FIRST_COMPLETED).done:
+                    task, lease, held = running.pop(future)
+                    with suppress(LeaseLost), held:
+                        _finish(task, future.result(), lease)
+                for _, lease in todo:
+                    lease.moved = False
+            elif todo:
+                if all(lease.moved for _, lease in todo):
+                    return  # The holders of all that is left give signs of life.
+                time.sleep(BEAT / 10)
 
 
 _shared: dict[str, Any] = {}  # In a worker process: the data, and the queue that the parent's bar reads.
 
 
-def _start_worker(data: Data, queue: Any, threads: int) -> None:
+def _start_worker(data: Data, queue: Any, threads: int, imports: Sequence[str]) -> None:
+    for module in imports:
+        importlib.import_module(module)
     torch.set_num_threads(threads)
     _shared.update(data=data, queue=queue)
     parent = multiprocessing.parent_process()
@@ -176,11 +254,19 @@ def _start_worker(data: Data, queue: Any, threads: int) -> None:
     threading.Thread(target=leave, daemon=True).start()
 
 
-def _do_in_worker(task: _Task) -> None:
-    _do(task, _shared['data'], lambda name, numbers: _shared['queue'].put((name, numbers)))
+def _do_in_worker(task: _Task) -> dict[str, Any]:
+    return _do(task, _shared['data'], lambda name, numbers: _shared['queue'].put((name, numbers)))
 
 
-def _do_in_processes(tasks: Sequence[_Task], data: Data, jobs: int, report: Report) -> None:
+class _Processes:
+    def __init__(self, pool: ProcessPoolExecutor) -> None:
+        self.pool = pool
+
+    def submit(self, task: _Task) -> 'Future[dict[str, Any]]':
+        return self.pool.submit(_do_in_worker, task)
+
+
+def _do_in_processes(tasks: Sequence[_Task], data: Data, jobs: int, report: Report, imports: Sequence[str]) -> None:
     context = multiprocessing.get_context('spawn')
     queue = context.SimpleQueue()
     threads = max(1, torch.get_num_threads() // jobs)
@@ -191,13 +277,9 @@ def _do_in_processes(tasks: Sequence[_Task], data: Data, jobs: int, report: Repo
 
     listener = threading.Thread(target=listen, daemon=True)
     listener.start()
-    pool = ProcessPoolExecutor(jobs, context, initializer=_start_worker, initargs=(data, queue, threads))
+    pool = ProcessPoolExecutor(jobs, context, initializer=_start_worker, initargs=(data, queue, threads, imports))
     try:
-        waiting = {pool.submit(_do_in_worker, task) for task in tasks}
-        while waiting:
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in done:
-                future.result()
+        _share(tasks, _Processes(pool), jobs)
     except BrokenProcessPool as e:
         raise ValueError(
             'A process that trained was ended from outside (out of memory?). The same command goes on from the last '
@@ -229,9 +311,19 @@ def _bar(total: int, shown: bool) -> Iterator[Report]:
 
 def _claim(out: Path, plain: dict[str, Any]) -> None:
     """Writes `comparison.json`, or checks that the one there is of the same comparison and widens it."""
+    lease = Lease(out / 'leases', 'comparison')
+    while not lease.take():  # Another process writes it: a matter of milliseconds.
+        time.sleep(BEAT / 100)
+    try:
+        _widen(out, plain)
+    finally:
+        lease.release()
+
+
+def _widen(out: Path, plain: dict[str, Any]) -> None:
     path = out / 'comparison.json'
     if path.exists():
-        held = _load_comparison(out)
+        held = read_comparison(out)
         different = [
             f'{group}.{key}: {held[group].get(key)!r} there, {plain[group].get(key)!r} now'
             for group in ('data', 'settings')
@@ -253,7 +345,7 @@ def _claim(out: Path, plain: dict[str, Any]) -> None:
         plain = {**plain, 'models': plain['models'] + kept, 'seeds': max(plain['seeds'], held['seeds'])}
         if plain == held:
             return
-    _write(path, _dumps(plain))
+    write(path, dumps(plain))
 
 
 def _digest(held: dict[str, Any]) -> str:
@@ -264,35 +356,3 @@ def _digest(held: dict[str, Any]) -> str:
 
 def _record_path(out: Path, entry: Entry, seed: int) -> Path:
     return out / 'runs' / f'{run_id(entry, seed)}.json'
-
-
-def _load_comparison(out: Path) -> dict[str, Any]:
-    path = out / 'comparison.json'
-    if not path.is_file():
-        raise ValueError(f"'{out}' holds no comparison: there is no comparison.json.")
-    return _load_json(path)
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as e:
-        raise ValueError(f"'{path}' is no JSON ({e}): remove it, and the run is done again.") from e
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as temporary:
-        temporary.write_text(text)
-
-
-def _dumps(held: Any) -> str:
-    # NaN (the deviation of one seed) is no JSON; null is.
-    return json.dumps(_without_nan(held), indent=1, allow_nan=False) + '\n'
-
-
-def _without_nan(held: Any) -> Any:
-    if isinstance(held, dict):
-        return {k: _without_nan(v) for k, v in held.items()}
-    if isinstance(held, (list, tuple)):
-        return [_without_nan(v) for v in held]
-    return None if isinstance(held, float) and held != held else held

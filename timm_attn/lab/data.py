@@ -34,6 +34,12 @@ _HELD = ('val', 'valid', 'validation', 'dev', 'test')
 _SPLITS = {'train': 'train', 'training': 'train', 'test': 'test', 'testing': 'test'} | dict.fromkeys(_HELD[:-1], 'val')
 
 
+def near(name: str, known: Sequence[str]) -> str:
+    """The names that may have been meant, in brackets; empty where there is none."""
+    found = difflib.get_close_matches(name, known)
+    return f' (did you mean {" or ".join(found)}?)' if found else ''
+
+
 def stream_seed(*of: object) -> int:
     """A seed that is a function of what names it, such as seed, epoch and the index of an image."""
     return int.from_bytes(hashlib.sha256('/'.join(map(str, of)).encode()).digest()[:4], 'big')
@@ -148,8 +154,11 @@ class Data:
         return 1 if self.train.mode == 'L' else 3
 
     def reduced(self, train: int, val: int) -> 'Data':
-        """The same data with fewer images, for a trial."""
-        return replace(self, train=self.train.first(train), val=self.val.first(val))
+        """The same data with at most so many images, in turn from each class."""
+        if train < 1 or val < 1:
+            raise ValueError(f'Images to learn from (={train}) and to measure on (={val}) must be at least 1 each.')
+        measured = self.measured + (f', {val} of its {len(self.val)} images' if val < len(self.val) else '')
+        return replace(self, train=self.train.first(train), val=self.val.first(val), measured=measured)
 
     def fingerprint(self) -> str:
         """A digest of labels and images (of a folder: names and sizes), the same wherever the folder lies."""
@@ -213,9 +222,9 @@ def load_data(
             skipped_line(data.skipped),
         )
         return data
-    near = difflib.get_close_matches(str(name), DATA)
-    meant = f' (did you mean {" or ".join(near)}?)' if near else ''
-    raise ValueError(f"Unknown data '{name}'{meant}: expected one of {', '.join(DATA)}, or a folder that exists.")
+    raise ValueError(
+        f"Unknown data '{name}'{near(str(name), DATA)}: expected one of {', '.join(DATA)}, or a folder that exists."
+    )
 
 
 def split(targets: Sequence[int], fraction: float, seed: int = 0) -> tuple[list[int], list[int]]:

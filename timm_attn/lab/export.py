@@ -10,12 +10,12 @@ from torch import nn
 
 from ..hub.folder import save
 from .comparison import Comparison
-from .train import Entry, build, weights_path
+from .train import Entry, build, is_source, weights_path
 
 
 def can_be_saved(entry: Entry) -> bool:
     """Whether a config can rebuild the model: not timm's ResNets with the 3x3 stem, for which they have no keyword."""
-    if entry.name.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')):
+    if is_source(entry.name):
         return True
     return not entry.args.get('cifar_stem') or timm.model_entrypoint(entry.name).__module__.startswith('timm_attn.')
 

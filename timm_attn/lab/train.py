@@ -10,6 +10,7 @@ import math
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -18,22 +19,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import timm
 import torch
 from timm.data import create_loader
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.models.resnet import ResNet
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, accuracy, dispatch_clip_grad, random_seed
 from torch import Tensor, nn
 
 from ..files import atomic_write
+from ..hub.folder import read_folder
+from ..hub.load import load_from_hub, pull
 from ..measure import clock, environment, kept_bytes
 from ..models import cifar_stem_
-from .data import Data, rng_state, set_rng_state, stream_seed
+from .data import Data, near, rng_state, set_rng_state, stream_seed
 
 Report = Callable[[str, dict[str, float]], None]  # Called after each epoch with the run's id and the epoch's numbers.
+
+
+SCHEDULES = ('cosine', 'tanh', 'poly', 'none')  # Of timm's, those that step at each update and need no more options.
 
 
 @dataclass(frozen=True)
@@ -93,38 +100,97 @@ class Settings:
                 f"'epochs' (={self.epochs}), 'batch_size' (={self.batch_size}) and 'img_size' (={self.img_size}) "
                 'must be at least 1.'
             )
-        if self.warmup_epochs >= self.epochs:
+        if self.sched not in SCHEDULES:
+            raise ValueError(
+                f"'sched' (={self.sched}){near(self.sched, SCHEDULES)} must be one of: {', '.join(SCHEDULES)}."
+            )
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"'lr' (={self.lr}) must be positive.")
+        if not 0 <= self.smoothing < 1 or not 0 <= self.weight_decay < math.inf:
+            raise ValueError(
+                f"'smoothing' (={self.smoothing}) must be in [0, 1), 'weight_decay' (={self.weight_decay}) at least 0."
+            )
+        if not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(f"'warmup_epochs' (={self.warmup_epochs}) must be less than 'epochs' (={self.epochs}).")
 
 
 def build(entry: Entry, data: Data, settings: Settings) -> nn.Module:
     """Creates the model of an entry for the classes and channels of the data.
 
+    Models of the Hub and of folders are checked as `load_from_hub` checks them.
+
     Raises:
-        ValueError: timm knows no such model, or it has no stem to replace.
+        ValueError: timm knows no such model, it takes no such arguments, has no pretrained weights where they are
+            asked for, or no stem to replace.
     """
     args = dict(entry.args)
-    stem = False
-    if not entry.name.startswith(('hf-hub:', 'hf_hub:', 'local-dir:')):
-        if not timm.is_model(entry.name):
-            raise ValueError(
-                f"Unknown model '{entry.name}': `timm-attn list` shows ours, `timm.list_models()` all there are."
-            )
-        # Our models take the keyword themselves; timm's ResNets are given the same stem after they are built.
-        ours = timm.model_entrypoint(entry.name).__module__.startswith('timm_attn.')
-        stem = not ours and args.pop('cifar_stem', False)
-    model = timm.create_model(
-        entry.name,
-        pretrained=settings.pretrained,
-        num_classes=len(data.classes),
-        in_chans=data.in_chans,
-        **args,
-    )
+    args.update(num_classes=len(data.classes), in_chans=data.in_chans)
+    if is_source(entry.name):
+        return _from_source(entry.name, args, settings.pretrained)
+    if not timm.is_model(entry.name):
+        meant = near(entry.name, [*timm.list_models(), *timm.list_pretrained()])
+        raise ValueError(
+            f"Unknown model '{entry.name}'{meant}: `timm-attn list` shows ours, `timm.list_models()` all there are."
+        )
+    # Our models take the keyword themselves; timm's ResNets are given the same stem after they are built.
+    ours = timm.model_entrypoint(entry.name).__module__.startswith('timm_attn.')
+    stem = not ours and args.pop('cifar_stem', False)
+    try:
+        model = timm.create_model(entry.name, pretrained=settings.pretrained, **args)
+    except (TypeError, RuntimeError) as e:
+        raise ValueError(f"'{entry.label}' ({entry.name}) cannot be built with {entry.args}: {e}") from e
     if stem:
         if not isinstance(model, ResNet):
             raise ValueError(f"'{entry.name}' is no ResNet, so it has no 3x3 stem to choose: leave out cifar_stem.")
         cifar_stem_(model)
     return model
+
+
+def is_source(name: str) -> bool:
+    """Whether a name is that of a folder or of a repository of the Hub."""
+    return name.startswith(('hf-hub:', 'hf_hub:', 'local-dir:'))
+
+
+def _from_source(name: str, args: dict[str, Any], pretrained: bool) -> nn.Module:
+    kind, _, where = name.partition(':')
+    if kind != 'local-dir' and pretrained:
+        return load_from_hub(where, **args)
+    with tempfile.TemporaryDirectory() as folder:
+        if kind != 'local-dir':  # The architecture alone is asked for; it is read as carefully.
+            pull(where, folder, overwrite=True)
+            where = folder
+        config, _ = read_folder(where)
+        if pretrained:
+            return timm.create_model(f'local-dir:{where}', pretrained=True, **args)
+        return timm.create_model(config.architecture, **{**config.model_args, **args})
+
+
+def optimization(model: nn.Module, settings: Settings, updates_per_epoch: int) -> tuple[torch.optim.Optimizer, Any]:
+    """The optimizer of a model and the schedule, None for a constant rate.
+
+    Raises:
+        ValueError: timm knows no such optimizer, or it takes no such arguments.
+    """
+    try:
+        optimizer = create_optimizer_v2(
+            model,
+            opt=settings.opt,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            momentum=settings.momentum,
+        )
+    except (ValueError, TypeError, AssertionError) as e:
+        raise ValueError(f"'opt' (={settings.opt}){near(settings.opt, list_optimizers())}: {e}") from e
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched=settings.sched,
+        num_epochs=settings.epochs,
+        warmup_epochs=settings.warmup_epochs,
+        warmup_lr=settings.lr / 100,
+        step_on_epochs=False,
+        updates_per_epoch=updates_per_epoch,
+    )
+    return optimizer, scheduler
 
 
 def share_initial_weights(model: nn.Module, reference: nn.Module, only: str = '') -> int:
@@ -188,22 +254,7 @@ def run(
         memory = kept_bytes(
             model.train(), torch.zeros(settings.batch_size, *_input_size(data, settings), device=device)
         )
-        optimizer = create_optimizer_v2(
-            model,
-            opt=settings.opt,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            momentum=settings.momentum,
-        )
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=settings.sched,
-            num_epochs=settings.epochs,
-            warmup_epochs=settings.warmup_epochs,
-            warmup_lr=settings.lr / 100,
-            step_on_epochs=False,
-            updates_per_epoch=len(train_loader),
-        )
+        optimizer, scheduler = optimization(model, settings, len(train_loader))
         loss_fn = LabelSmoothingCrossEntropy(settings.smoothing) if settings.smoothing else nn.CrossEntropyLoss()
 
         history: list[dict[str, float]] = []
@@ -241,10 +292,9 @@ def run(
             if report:
                 report(name, history[-1] | dict(epochs=settings.epochs))
         if save_weights:
-            from safetensors.torch import save_file
-
+            weights = safetensors.torch.save({k: v.cpu().contiguous() for k, v in model.state_dict().items()})
             with atomic_write(weights_path(folder, entry, seed)) as temporary:
-                save_file({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, temporary)
+                temporary.write_bytes(weights)  # A full disc is an OSError here, and none of safetensors' own.
     return dict(
         run=name,
         model=asdict(entry),
