@@ -1,12 +1,13 @@
 """Counts bytes: kept for backward, at the peak of a step, and moved by it; every attention at depth 50, and its peers.
 
-    python benchmarks/memory.py      # five minutes; kept and moved bytes are exact and the same on every machine
+    python benchmarks/memory.py      # ten minutes; kept and moved bytes are exact and the same on every machine
 
 Batch 2 of 224x224 in float32, written to results/memory.json. What is moved is counted once for each operation, an
 operand read twice or served by a cache included.
 """
 
 import json
+from datetime import datetime, timezone
 from pathlib import Path
 
 import timm
@@ -17,7 +18,7 @@ from torch import nn
 import timm_attn
 from timm_attn.files import atomic_write
 from timm_attn.fusion import fuse
-from timm_attn.measure import kept_bytes, peak_bytes, traffic_bytes
+from timm_attn.measure import environment, kept_bytes, peak_bytes, traffic_bytes
 
 RESULTS = Path(__file__).parent / 'results'
 
@@ -43,7 +44,14 @@ def main() -> None:
     for r in rows:
         for key in ('kept_bytes', 'peak_bytes', 'traffic'):
             r[f'{key}_ratio'] = r[key] / plain[key]  # pyright: ignore[reportOperatorIssue]
-    report = {'batch': 2, 'size': 224, 'dtype': 'float32', 'torch': torch.__version__, 'timm': timm.__version__}
+    report = {
+        'command': 'python benchmarks/memory.py',
+        'date': datetime.now(timezone.utc).date().isoformat(),
+        'batch': 2,
+        'size': 224,
+        'dtype': 'float32',
+        'environment': environment(),
+    }
     with atomic_write(RESULTS / 'memory.json') as path:
         path.write_text(json.dumps({**report, 'rows': rows}, indent=1) + '\n')
 

@@ -9,13 +9,16 @@ from torch import nn
 
 Build = Callable[[], nn.Module]
 
-TIMM = {'se': 'se', 'eca': 'eca', 'cbam': 'cbam'}
+TIMM = {'se': 'se', 'eca': 'eca', 'cbam': 'cbam', 'coord': 'coord', 'gc': 'gc'}
 PYTORCHCV = {'se': 'seresnet50b', 'cbam': 'cbam_resnet50', 'bam': 'bam_resnet50', 'sk': 'sknet50'}
 FIGHTINGCV = {
     'se': ('SEAttention', 'SEAttention', lambda c: {'channel': c, 'reduction': 16}),
     'eca': ('ECAAttention', 'ECAAttention', lambda c: {'kernel_size': 3}),
     'cbam': ('CBAM', 'CBAMBlock', lambda c: {'channel': c, 'reduction': 16, 'kernel_size': 7}),
     'triplet': ('TripletAttention', 'TripletAttention', lambda c: {}),
+    'coord': ('CoordAttention', 'CoordAtt', lambda c: {'inp': c, 'oup': c}),
+    'sge': ('SGE', 'SpatialGroupEnhance', lambda c: {'groups': 64}),
+    'simam': ('SimAM', 'SimAM', lambda c: {'e_lambda': 0.1}),
 }
 
 

@@ -83,7 +83,8 @@ def costs_table() -> str:
             for dtype in ('float32', 'bfloat16'):
                 ratios = _ratios().get((attn, mode, dtype))
                 times.append(f'{ratios["eager"]:.2f} / {ratios[fused]:.2f}' if ratios else '-')
-        kept = f'{memory[attn]["kept_bytes_ratio"]:.2f} / {memory[f"{attn} fused"]["kept_bytes_ratio"]:.2f}'
+        rows = [memory.get(name) for name in (attn, f'{attn} fused')]
+        kept = ' / '.join(f'{row["kept_bytes_ratio"]:.2f}' for row in rows if row) or '-'
         lines.append((attn, *times, kept))
     head = ('attention', 'inference', 'inference, bf16', 'training', 'training, bf16', 'kept for backward')
     return markdown_table(head, lines)
