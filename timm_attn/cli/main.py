@@ -5,6 +5,7 @@ stdout is data; what it says goes to stderr. Exit code 2 is wrong usage, 1 is a 
 """
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -24,6 +25,14 @@ def build_parser() -> argparse.ArgumentParser:
         description="Attention ResNets for timm, equal to the authors' code.",
         epilog='example: timm-attn quickstart --out runs/quickstart',
     )
+    parser.add_argument(
+        '--import',
+        action='append',
+        default=[],
+        dest='modules',
+        metavar='MODULE',
+        help='import a module first, which registers attentions of your own; may be given several times, anywhere',
+    )
     commands = parser.add_subparsers(title='commands', dest='command', required=True)
     for command in COMMANDS:
         command.add_parser(commands)
@@ -39,8 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    # Before or behind the command's name; argparse itself takes it only before.
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument('--import', action='append', default=[], dest='modules')
+    found, rest = early.parse_known_args(argv)
+    args = parser.parse_args(rest)
     try:
+        if found.modules:
+            sys.path.insert(0, '')  # as `python -m` does: the module may lie here
+        for module in found.modules:
+            importlib.import_module(module)
         return args.run(args) or 0
     except (ValueError, TypeError, ImportError, RuntimeError, OSError, HfHubHTTPError) as e:
         print(f'timm-attn {args.command}: {e}', file=sys.stderr)

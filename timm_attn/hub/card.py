@@ -18,10 +18,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import ResNet
 
 from ..files import file_hash
+from ..injection import injections
 from ..layers import get_attn
 from ..measure import count
 from .client import HubFileError
-from .config import Config, build_meta, check_config
+from .config import MODEL_ARGS, Config, build_meta, check_config
 from .records import METRIC_NAMES
 from .rules import CARD, WEIGHTS
 
@@ -131,11 +132,23 @@ def _facts(architecture: str, num_classes: int, args: str, input_size: tuple[int
     plain = re.sub(r'^[a-z]+_(?=resne)', '', architecture)
     plain = 'simple_cnn' if architecture.startswith('simple_cnn_') else plain
     shared = {k: v for k, v in config.model_args.items() if k not in ('attn_args', 'attn_after', 'last_stride')}
+    if done := injections(model):
+        facts['attn'], facts['attn_args'] = done[0]['attn'], done[0]['attn_args']
+        facts['injections'] = [_injection(row) for row in done]
+        plain = config.model_args.get('base', 'resnet18').split('.')[0]
+        shared = {**(shared.get('base_args') or {}), **{k: v for k, v in shared.items() if k in MODEL_ARGS}}
     # cifar_stem is a keyword of ours, which timm's plain ResNets do not have.
     if plain != architecture and timm.is_model(plain) and 'cifar_stem' not in shared:
         facts['plain'] = plain
         facts['plain_counts'] = _plain_counts(plain, num_classes, yaml.safe_dump(shared), input_size)
     return facts
+
+
+def _injection(row: Mapping[str, Any]) -> str:
+    """One injection in words."""
+    sites = list(row['sites'])
+    span = sites[0] if len(sites) == 1 else f'{sites[0]} to {sites[-1]}'
+    return f'{row["attn"]} at {len(sites)} places ({span}), where={row["where"]}, start={row["start"]}'
 
 
 @lru_cache(maxsize=64)
@@ -233,6 +246,9 @@ def _details(config: Config, facts: Mapping[str, Any], input_size: Sequence[int]
             found['Attention'] += f', {spec.place}'
         if facts['attn_args']:
             found['Attention options'] = facts['attn_args']
+    if 'injections' in facts:
+        found['Base'] = config.model_args.get('base', 'resnet18')
+        found['Injected'] = '; '.join(facts['injections'])
     found['Classes'] = config.num_classes
     found['Parameters'] = _millions(facts['params'])
     found['MACs'] = f'{_giga(facts["macs"])} (convolutions and matrix products)'

@@ -6,6 +6,7 @@ rule.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,6 +17,7 @@ import torch
 from timm.models import ResNet
 from torch import nn
 
+from ..layers import get_attn
 from .client import HubFileError
 from .rules import (
     CONFIG,
@@ -80,6 +82,78 @@ MODEL_ARGS: dict[str, tuple[Check, str]] = {
     'block_reduce_first': (integer(1, 16), 'an integer from 1 to 16'),
     'down_kernel_size': (one_of(1, 3), '1 or 3'),
 }
+
+_LAYER = (text(32, r'\w*'), 'a short word')
+_FEW = (list_of(integer(0, 4096), 1, 8), 'one to eight integers up to 4096')
+_RATE = (number(0, 1), 'a number from 0 to 1')
+# What a base of an injected model may be told besides: shapes, names of layers and rates, none of them far beyond any
+# model of timm.
+BASE_ARGS: dict[str, tuple[Check, str]] = MODEL_ARGS | {
+    'img_size': (
+        lambda v: integer(1, 1024)(v) or list_of(integer(1, 1024), 2, 2)(v),
+        'an integer from 1 to 1024, or two of them',
+    ),
+    'patch_size': (integer(1, 64), 'an integer from 1 to 64'),
+    'window_size': (integer(1, 64), 'an integer from 1 to 64'),
+    'depth': (integer(1, 50), 'an integer from 1 to 50'),
+    'depths': (list_of(integer(1, 50), 1, 8), 'one to eight integers from 1 to 50'),
+    'dims': _FEW,
+    'embed_dim': (lambda v: integer(1, 4096)(v) or _FEW[0](v), 'an integer up to 4096, or a list of them'),
+    'num_heads': (lambda v: integer(1, 128)(v) or _FEW[0](v), 'an integer up to 128, or a list of integers'),
+    'act_layer': _LAYER,
+    'norm_layer': _LAYER,
+    'aa_layer': _LAYER,
+    'drop_rate': _RATE,
+    'drop_path_rate': _RATE,
+    'attn_drop_rate': _RATE,
+    'proj_drop_rate': _RATE,
+    'drop_block_rate': _RATE,
+}
+
+
+def _names_of_modules(v: Any) -> bool:
+    # Names, with \d+ for numbers and a bounded number of repetitions, so that matching takes bounded time.
+    token = text(256, r'(?:\w|\.|-|\\[.\-]|\\d|\[\d+(?:-\d+)?\])(?:\w|\.|-|\\[.\-]|\\d\+?|\[\d+(?:-\d+)?\])*')
+    return text(256)(v) and token(v) and v.count('+') <= 4 if isinstance(v, str) else False
+
+
+_INJECTION: dict[str, tuple[Check, str]] = {
+    'attn': (text(64, r'[a-z]\w*'), 'the name of an attention'),
+    'attn_args': MODEL_ARGS['attn_args'],
+    'at': (
+        or_null(lambda v: _names_of_modules(v) or list_of(_names_of_modules, 1, 1024)(v)),
+        'names of modules, in which \\d+ may stand for a number',
+    ),
+    'where': (one_of('auto', 'slot', 'output'), "'auto', 'slot' or 'output'"),
+    'fmt': (one_of('NCHW', 'NHWC'), "'NCHW' or 'NHWC'"),
+    'start': (one_of('identity', 'paper'), "'identity' or 'paper'"),
+    'example': (or_null(list_of(integer(1, 1024), 2, 5)), 'a shape'),
+}
+
+
+def _fields(table: Mapping[str, tuple[Check, str]]) -> Check:
+    return lambda v: isinstance(v, dict) and all(k in table and table[k][0](x) for k, x in v.items())
+
+
+def _base(v: Any) -> bool:
+    return text(128, r'\w+(?:\.[\w.-]+)?')(v) and v.split('.')[0] != 'injected' and timm.is_model(v.split('.')[0])
+
+
+INJECTED_ARGS: dict[str, tuple[Check, str]] = (
+    BASE_ARGS
+    | _INJECTION
+    | {
+        'base': (_base, 'the name of a model of timm or timm_attn'),
+        'base_args': (
+            or_null(_fields(BASE_ARGS)),
+            f'an object with fields of {sorted(BASE_ARGS)}, as those have to be',
+        ),
+        'injections': (
+            or_null(list_of(_fields(_INJECTION), 1, 16)),
+            f'a list of objects with fields of {sorted(_INJECTION)}, as those have to be',
+        ),
+    }
+)
 
 _SIZE = (list_of(integer(1, 4096), 3, 3), 'three integers from 1 to 4096')
 _POOL = (or_null(list_of(integer(1, 4096), 2, 2)), 'two integers')
@@ -192,6 +266,21 @@ def _known_architecture(name: Any) -> bool:
     return module == 'timm.models.resnet' or module.startswith('timm_attn.models.')
 
 
+def _check_attentions(args: dict[str, Any], about: Any, where: str) -> None:
+    """Refuses attentions that are not here, and says which package has them."""
+    packages = about.get('attentions') if isinstance(about, dict) else None
+    for row in args.get('injections') or [args]:
+        name = row.get('attn', 'cbam')
+        try:
+            get_attn(name)
+        except ValueError as e:
+            package = packages.get(name) if isinstance(packages, dict) else None
+            known = isinstance(package, str) and re.fullmatch(r'[\w.-]{1,128}', package)
+            source = f" It comes with the package '{package}': install it, and import it first" if known else ''
+            hint = f'{source} (timm-attn --import MODULE ...).' if known else ''
+            raise HubFileError(f'{where}: {e}{hint}') from e
+
+
 def check_config(found: dict[str, Any], where: str = CONFIG) -> Config:
     """Checks a parsed config.json field by field.
 
@@ -210,7 +299,10 @@ def check_config(found: dict[str, Any], where: str = CONFIG) -> Config:
         )
     assert isinstance(architecture, str)
     args = found.get('model_args') or {}
-    _check(f'{where}: model_args', args, MODEL_ARGS)
+    injected = architecture == 'injected'
+    _check(f'{where}: model_args', args, INJECTED_ARGS if injected else MODEL_ARGS)
+    if injected:
+        _check_attentions(args, found.get('timm_attn'), where)
     cfg = found.get('pretrained_cfg') or {}
     if isinstance(cfg, dict):
         if away := sorted(k for k in _ELSEWHERE & set(cfg) if cfg[k]):
@@ -300,8 +392,9 @@ def layer_names(model: Any) -> dict[str, str]:
 
 def _check_names(config: Config, model: nn.Module, where: str) -> None:
     # Any other name would be a way to have layers of the trunk replaced by random ones.
-    own = timm.get_pretrained_cfg(config.architecture)
+    own = timm.get_pretrained_cfg(config.model_args.get('base', config.architecture))
     for field_name, name in layer_names(model).items():
         found = config.pretrained_cfg.get(field_name)
-        if found not in (None, name, getattr(own, field_name, None)):
+        allowed = getattr(own, field_name, None)
+        if found not in (None, name, list(allowed) if isinstance(allowed, tuple) else allowed):
             raise HubFileError(f'{where}: pretrained_cfg.{field_name} (={found!r}) must be {name!r}.')

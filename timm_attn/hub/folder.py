@@ -17,7 +17,9 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
 from ..files import atomic_write
-from ..layers import gain_keys
+from ..injection import injections
+from ..layers import gain_keys, package_of
+from ..models import injected_args
 from ..version import package_version
 from .card import check_card, render_card
 from .client import HubFileError
@@ -147,7 +149,7 @@ def make_config(
     if not name or not timm.is_model(name):
         raise ValueError(
             f'A {type(model).__name__} that timm.create_model did not make has no name to rebuild it by: '
-            "save a model from timm.create_model, such as 'cbam_resnet50'."
+            "save a model from timm.create_model, such as 'cbam_resnet50', or one that attention was injected into."
         )
     own = {'pretrained_cfg': {}}
     if label_names is not None:
@@ -164,7 +166,10 @@ def make_config(
     args = dict(config.pop('model_args', {}))
     if getattr(model, 'attn_args', None) and 'attn_args' in args:
         args['attn_args'] = _plain(model.attn_args, 'attn_args')
-    args = {k: v for k, v in args.items() if k not in _NOT_ARCHITECTURE and v is not None}
+    if injections(model):
+        config['architecture'], args = 'injected', _plain(injected_args(model), 'the arguments of inject')
+        args['base_args'] = {k: v for k, v in args.get('base_args', {}).items() if k not in _NOT_ARCHITECTURE}
+    args = {k: v for k, v in args.items() if k not in _NOT_ARCHITECTURE and v not in (None, {})}
     exported = config.pop('pretrained_cfg')
     if status not in ('converted', 'warm start'):
         exported = {k: v for k, v in exported.items() if k not in _OF_THE_SOURCE}
@@ -176,6 +181,8 @@ def make_config(
         config['model_args'] = args
     config['pretrained_cfg'] = exported
     section = {'status': status, **(about or {})}
+    # Attentions of other packages, and which: whoever loads the model needs them.
+    section['attentions'] = {row['attn']: p for row in injections(model) if (p := package_of(row['attn']))}
     config['timm_attn'] = {k: v for k, v in section.items() if v}
     return _plain(config, CONFIG)
 

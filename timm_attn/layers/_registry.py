@@ -1,8 +1,10 @@
 """The one table of attentions: a decorated class is in `list_attn()`, `inject`, the tests, the CLI and the cards."""
 
+import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import entry_points, packages_distributions
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +20,10 @@ PLACEMENTS = {
     'conv2': "between each block's second convolution and its BatchNorm",
     'conv': "in place of each block's 3x3 convolution",
 }
+
+# Entry points of other packages, each a module that registers attentions when it is imported.
+PLUGINS = 'timm_attn.plugins'
+_LOADED: set[str] = set()
 
 T = TypeVar('T', bound=type[Attention])
 
@@ -105,15 +111,45 @@ def list_attn() -> list[str]:
 def get_attn(name: str) -> AttnSpec:
     """The registry's entry of an attention.
 
+    A name that is not known is looked for in the packages that have an entry point in the group `timm_attn.plugins`:
+    each is imported, once, and registers its attentions.
+
     Args:
-        name: One of `list_attn()`.
+        name: One of `list_attn()`, or of such a package.
 
     Raises:
-        ValueError: No attention has that name.
+        ValueError: No attention has that name, or a package fails to import.
     """
     if name not in _ATTENTIONS:
-        raise ValueError(f"Unknown attention '{name}'. Expected one of: {', '.join(list_attn())}.")
+        _load_plugins()
+    if name not in _ATTENTIONS:
+        near = difflib.get_close_matches(str(name), list_attn(), 3)
+        hint = f' Did you mean {" or ".join(map(repr, near))}?' if near else ''
+        raise ValueError(f"Unknown attention '{name}'.{hint} Expected one of: {', '.join(list_attn())}.")
     return _ATTENTIONS[name]
+
+
+def _load_plugins() -> None:
+    for point in entry_points(group=PLUGINS):
+        if point.value not in _LOADED:
+            try:
+                point.load()
+            except Exception as e:
+                raise ValueError(
+                    f"The plugin '{point.name}' ({point.value}) of the group {PLUGINS} cannot be imported "
+                    f'({type(e).__name__}: {e}): mend or uninstall its package.'
+                ) from e
+            _LOADED.add(point.value)
+
+
+def package_of(name: str) -> str:
+    """The package that an attention comes with; empty for this one.
+
+    Args:
+        name: One of `list_attn()`.
+    """
+    top = get_attn(name).cls.__module__.partition('.')[0]
+    return '' if top == __name__.partition('.')[0] else next(iter(packages_distributions().get(top, ())), top)
 
 
 def accepted_args(name: str) -> list[str]:

@@ -6,7 +6,8 @@ an attention nor to the classifier has `requires_grad=False`, so the optimizer a
 alone. Names and keys of the models stay as they are: the checkpoint is an ordinary one, from which the second stage
 trains everything.
 
-The BatchNorm of the frozen layers still follows the statistics of the new data. A model without attention is refused.
+The BatchNorms of the frozen layers stay in eval, so their statistics do not move either. A model without attention is
+refused.
 """
 
 import functools
@@ -19,37 +20,30 @@ from torch import nn
 # The package registers its models, which have to be there before all entry points are wrapped.
 import timm_attn as timm_attn
 
+from ..injection import freeze_backbone
 from ..layers import attn_sites
 
-
-def freeze_backbone(model: Any) -> nn.Module:
-    """Freezes all parameters but those of the attentions and of the classifier.
-
-    Args:
-        model: A timm model with attention; changed in place.
-
-    Returns:
-        The model.
-
-    Raises:
-        ValueError: The model has no attention.
-    """
-    sites = attn_sites(model)
-    if not sites:
-        raise ValueError(
-            f'{type(model).__name__} has no attention to train first: choose a model of `timm-attn list`, or leave out '
-            f'`--device-modules {__name__}`.'
-        )
-    model.requires_grad_(False)
-    for module in (*sites.values(), model.get_classifier()):
-        module.requires_grad_(True)
-    return model
+_depth = 0
 
 
 def _frozen(entrypoint: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     @functools.wraps(entrypoint)
     def build(*args: Any, **kwargs: Any) -> nn.Module:
-        return freeze_backbone(entrypoint(*args, **kwargs))
+        global _depth
+        _depth += 1
+        try:
+            model = entrypoint(*args, **kwargs)
+        finally:
+            _depth -= 1
+        # `injected` builds its base by name, which has no attention yet.
+        if _depth:
+            return model
+        if not attn_sites(model):
+            raise ValueError(
+                f'{type(model).__name__} has no attention to train first: choose a model of `timm-attn list`, or '
+                f'`injected`, or leave out `--device-modules {__name__}`.'
+            )
+        return freeze_backbone(model)
 
     return build
 
