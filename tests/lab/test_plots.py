@@ -155,3 +155,31 @@ def test_attention_is_drawn_for_each_kind_of_gate(drawn: list[Any], tmp_path: Pa
     (figure,) = drawn
     pictures = sum(len(axis.images) for axis in figure.axes)
     assert pictures == 3 + 3 * (kinds != ['channel']) + (kinds != ['spatial'])
+
+
+def test_gates_of_a_panel_share_one_scale_in_which_a_gate_that_hardly_moves_looks_flat(
+    drawn: list[Any], tmp_path: Path
+) -> None:
+    still = torch.linspace(0.4995, 0.5025, 48).view(3, 4, 4)
+    described = {site: {'spatial': Gate('HW', 'spatial')} for site in ('a', 'b')}
+
+    def draw(maps: dict[str, torch.Tensor]) -> list[Any]:
+        plots.attention(
+            images=[Image.new('L', (8, 8))] * 3,
+            maps={site: {'spatial': g} for site, g in maps.items()},
+            kinds=described,
+            by_class={},
+            targets=[0, 1, 2],
+            classes=['a', 'b', 'c'],
+            path=tmp_path / 'a.png',
+            title='gates',
+        )
+        return [image for axis in drawn[-1].axes for image in axis.images][3:]
+
+    shown = draw({'a': still})
+    drawn_colours = [shown[0].cmap(shown[0].norm(v))[:3] for v in (0.4995, 0.5025)]
+    assert max(abs(a - b) for a, b in zip(*drawn_colours, strict=True)) < 0.05
+    shown = draw({'a': still, 'b': still * 1.5})
+    assert len({(i.norm.vmin, i.norm.vmax) for i in shown}) == 1
+    assert drawn[-1].axes[3].get_ylabel() == 'a\n4x4, 0.4995 to 0.5025'
+    assert [a.get_ylabel() for a in drawn[-1].axes if a.get_ylabel() == 'gate'] == ['gate']

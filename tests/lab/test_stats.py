@@ -150,6 +150,7 @@ def test_reading_says_the_numbers() -> None:
     said = reading('SE', 'plain', estimate(values), judged)
     assert said.startswith('SE against plain: +0.20 points (corrected interval -0.34 to +0.74, 5 seeds): no difference')
     assert f'show one of {judged.detectable:.2f} points in four of five' in said
+    assert '-0.00' not in reading('SE', 'plain', estimate([-1e-4] * 6), judge({'SE': [-1e-4] * 6})['SE'])
     few = reading('SE', 'plain', estimate([2.0, 2.1]), Judgement('too few seeds'))
     assert few == 'SE against plain: +2.05 points on 2 seeds: too few seeds; fewer than 5 claim nothing.'
     assert reading('SE', 'plain', estimate([1.0] * 6), judge({'SE': [1.0] * 6})['SE']).endswith(

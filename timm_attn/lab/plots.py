@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..files import atomic_write
@@ -161,15 +162,17 @@ def attention(
     grid = parts[0].subplots(rows, len(images), squeeze=False)
     for column, image in enumerate(images):
         grid[0][column].imshow(image)
+    scale = _scale(list(spatial.values()))
     grid[0][0].set_ylabel('image', rotation=0, ha='right', va='center')
     for line, (site, gates) in enumerate(spatial.items(), start=1):
-        low, high = float(gates.min()), max(float(gates.max()), float(gates.min()) + 1e-6)
         for column in range(len(images)):
-            shown = grid[line][column].imshow(gates[column].numpy(), cmap='cividis', vmin=low, vmax=high)
-        bar = parts[0].colorbar(shown, ax=list(grid[line]), fraction=0.02, pad=0.01)
-        bar.ax.tick_params(labelsize=7)
+            shown = grid[line][column].imshow(gates[column].numpy(), cmap='cividis', **scale)
         tall, wide = gates.shape[1:]
-        grid[line][0].set_ylabel(f'{site}\n{tall}x{wide}', rotation=0, ha='right', va='center', fontsize=8)
+        told = f'{site}\n{tall}x{wide}, {gates.min():.4g} to {gates.max():.4g}'
+        grid[line][0].set_ylabel(told, rotation=0, ha='right', va='center', fontsize=8)
+    if spatial:
+        bar = parts[0].colorbar(shown, ax=grid[1:].ravel().tolist(), fraction=0.02, pad=0.01, label='gate')
+        bar.ax.tick_params(labelsize=7)
     for axis in grid.flat:
         axis.set_xticks([])
         axis.set_yticks([])
@@ -181,12 +184,22 @@ def attention(
         site, means = max(by_site.items(), key=lambda item: item[1].var(0).mean())  # (classes, C)
         axis = parts[1].subplots()
         order = np.argsort(-means.var(0), kind='stable')  # Channels that differ most between classes come first.
-        shown = axis.imshow(means[:, order], aspect='auto', cmap='cividis', interpolation='nearest')
+        limits = _scale([torch.from_numpy(means)])
+        shown = axis.imshow(means[:, order], aspect='auto', cmap='cividis', interpolation='nearest', **limits)
         axis.set_yticks(range(len(groups)), [classes[c] for c in groups], fontsize=8)
         axis.set_ylabel('class')
         axis.set_xlabel(f'channels of {site}, whose gates tell classes apart most; the most telling first')
         parts[1].colorbar(shown, ax=axis, fraction=0.02, pad=0.01, label='mean gate')
     _save(figure, path)
+
+
+def _scale(gates: Sequence[Tensor]) -> dict[str, float]:
+    """One scale for a panel, at least 0.1 wide: a gate that hardly moves looks flat."""
+    if not gates:
+        return {}
+    low, high = min(float(g.min()) for g in gates), max(float(g.max()) for g in gates)
+    wider = max(0.0, 0.1 - (high - low)) / 2
+    return dict(vmin=low - wider, vmax=high + wider)
 
 
 def _differences(axis: Any, table: Sequence[Row]) -> None:

@@ -162,6 +162,11 @@ def _stats():
     return require('scipy.stats', 'lab', 'scipy')
 
 
+def signed(x: float) -> str:
+    """A difference with its sign and two digits; what rounds to zero is +0.00."""
+    return f'{round(x, 2) + 0.0:+.2f}'
+
+
 def reading(label: str, against: str, difference: Estimate, judged: Judgement) -> str:
     """The verdict as a sentence, with its numbers.
 
@@ -172,10 +177,10 @@ def reading(label: str, against: str, difference: Estimate, judged: Judgement) -
         judged: What it allows to say.
     """
     n = len(difference.values)
-    told = f'{label} against {against}: {difference.mean:+.2f} points'
+    told = f'{label} against {against}: {signed(difference.mean)} points'
     if judged.verdict == 'too few seeds':
         return f'{told} on {n} seed{"s" * (n > 1)}: too few seeds; fewer than {FEWEST_SEEDS} claim nothing.'
-    told += f' (corrected interval {judged.low:+.2f} to {judged.high:+.2f}, {n} seeds): '
+    told += f' (corrected interval {signed(judged.low)} to {signed(judged.high)}, {n} seeds): '
     if judged.verdict == 'no difference shown':
         return (
             f'{told}no difference shown; with this spread, as many seeds would show one of '

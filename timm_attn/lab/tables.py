@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..explain.images import skipped_line
-from .stats import FEWEST_SEEDS, VERDICTS, Estimate, Judgement, estimate, judge, reading
+from .stats import FEWEST_SEEDS, VERDICTS, Estimate, Judgement, estimate, judge, reading, signed
 
 
 @dataclass(frozen=True)
@@ -223,8 +223,8 @@ def _shown(row: Row) -> str:
     if row.difference is None or row.judged is None:
         return ''
     if math.isnan(row.judged.low):
-        return f'{row.difference.mean:+.2f} (too few seeds)'
-    return f'{row.difference.mean:+.2f} [{row.judged.low:+.2f}, {row.judged.high:+.2f}]'
+        return f'{signed(row.difference.mean)} (too few seeds)'
+    return f'{signed(row.difference.mean)} [{signed(row.judged.low)}, {signed(row.judged.high)}]'
 
 
 def _clock(runs: Sequence[dict[str, Any]]) -> str:
