@@ -7,6 +7,7 @@ from .fusion import fuse as fuse
 from .hub import load_from_hub as load_from_hub
 from .hub import push_to_hub as push_to_hub
 from .hub import save as save
+from .hub.adapter import load as load
 from .injection import eject as eject
 from .injection import freeze_backbone as freeze_backbone
 from .injection import inject as inject

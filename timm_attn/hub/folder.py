@@ -21,6 +21,7 @@ from ..injection import injections
 from ..layers import gain_keys, package_of
 from ..models import injected_args
 from ..version import package_version
+from .adapter import save_adapter
 from .card import check_card, render_card
 from .client import HubFileError
 from .config import Config, build_meta, check_config, encode_config, parse_config
@@ -191,6 +192,8 @@ def save(
     model: nn.Module,
     directory: str | os.PathLike[str],
     *,
+    adapter: bool = False,
+    base: Any = None,
     overwrite: bool = False,
     card: bool = True,
     eval_results: Any = None,
@@ -210,6 +213,9 @@ def save(
         model: A model that timm can create by name; wrapped by torch.compile or DistributedDataParallel, on a GPU, or
             in channels_last as it may be.
         directory: The folder.
+        adapter: Write only what `inject` added, and the head where it is another than the base's; `load` fetches the
+            base. Refused where a weight or running statistic of the base has moved.
+        base: For an adapter: the base's weights, a model or a file; None has timm fetch them.
         overwrite: Replace the three files where they exist.
         card: Write README.md.
         eval_results: What was measured: a dict with 'dataset', optional 'dataset_id', 'split', 'n', 'protocol',
@@ -232,7 +238,7 @@ def save(
         HubFileError: The weights hold NaN, or do not fit what the config builds.
     """
     folder = Path(directory)
-    names = [WEIGHTS, CONFIG, *([CARD] if card else [])]
+    names = [] if adapter else [WEIGHTS, CONFIG, *([CARD] if card else [])]
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"'{folder}' is a file; a folder is written here: choose another name.")
     if not overwrite and (taken := [n for n in names if (folder / n).exists()]):
@@ -257,6 +263,8 @@ def save(
     config = make_config(
         model, status=status, about=about, label_names=label_names, license=license, data_config=data_config
     )
+    if adapter:
+        return save_adapter(model, state_dict, config, folder, base, overwrite)
     checked = _own_config(config)
     meta = build_meta(checked)
     metadata = {'format': 'pt'}
