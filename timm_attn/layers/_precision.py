@@ -1,5 +1,8 @@
 """Statistics in float32, whatever the precision around them."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 import torch.fx
 from torch import Tensor
@@ -37,3 +40,14 @@ def matmul_upcast(a: Tensor, b: Tensor) -> Tensor:
         b: (..., m, p).
     """
     return _matmul_upcast(a, b)
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Lets the modules that are called inside compute in the type of x, also inside autocast.
+
+    Args:
+        x: Their input.
+    """
+    # autocast knows no meta device, and torch.fx, which records no context, no device at all.
+    unknown = isinstance(x, torch.fx.Proxy) or x.is_meta
+    return nullcontext() if unknown else torch.autocast(x.device.type, enabled=False)

@@ -68,7 +68,7 @@ class BAM(Attention):
         self.add = combine == 'add'
 
         self.fc1 = nn.Linear(channels, hidden, **dd)
-        self.bn1 = nn.BatchNorm1d(hidden, **dd)
+        self.bn1 = nn.BatchNorm2d(hidden, **dd)
         self.fc2 = nn.Linear(hidden, channels, **dd)
 
         self.conv_reduce = nn.Conv2d(channels, hidden, 1, **dd)
@@ -79,7 +79,7 @@ class BAM(Attention):
         self.bn_dil2 = nn.BatchNorm2d(hidden, **dd)
         self.conv_final = nn.Conv2d(hidden, 1, 1, **dd)
         if self.add:
-            self.bn_channel = nn.BatchNorm1d(channels, **dd)
+            self.bn_channel = nn.BatchNorm2d(channels, **dd)
             self.bn_spatial = nn.BatchNorm2d(1, **dd)
 
         for m in self.modules():
@@ -98,10 +98,10 @@ class BAM(Attention):
                 nn.init.zeros_(m.bias)
 
     def channel_branch(self, x: Tensor) -> Tensor:
-        z = self.fc2(self.bn1(self.fc1(x.mean((2, 3)))).relu())  # (N, C)
-        if self.add:
-            z = self.bn_channel(z)
-        return z[:, :, None, None]  # (N, C, 1, 1)
+        # BatchNorms of maps of one pixel: timm freezes, splits and synchronises those of maps.
+        z = self.bn1(self.fc1(x.mean((2, 3)))[:, :, None, None]).relu()  # (N, C // r, 1, 1)
+        z = self.fc2(z.flatten(1))[:, :, None, None]  # (N, C, 1, 1)
+        return self.bn_channel(z) if self.add else z
 
     def spatial_branch(self, x: Tensor) -> Tensor:
         u = self.bn_reduce(self.conv_reduce(x)).relu()  # (N, C // r, H, W)

@@ -110,9 +110,7 @@ class GAM(Attention):
             nn.init.zeros_(self.bn2.bias)
 
     def pixel_gate(self, x: Tensor) -> Tensor:
-        # A linear layer at every pixel is a 1x1 convolution, which needs no permuted copy of x.
-        u = F.conv2d(x, self.fc1.weight[:, :, None, None], self.fc1.bias).relu()  # (N, C // r, H, W)
-        a = F.conv2d(u, self.fc2.weight[:, :, None, None], self.fc2.bias)  # (N, C, H, W)
+        a = self.fc2(self.fc1(x.permute(0, 2, 3, 1)).relu()).permute(0, 3, 1, 2)  # (N, C, H, W)
         return a if self.channel_gate is None else a.sigmoid()
 
     def spatial_gate(self, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Attention, Gate
-from ._precision import matmul_upcast, upcast
+from ._precision import matmul_upcast, no_autocast, upcast
 from ._registry import register_attn
 
 
@@ -85,14 +85,12 @@ class GSoP(Attention):
 
     def channel_gate(self, s: Tensor) -> Tensor:
         v = self.bn_row(s.unsqueeze(3).to(self.bn_row.weight.dtype))  # (N, d, d, 1)
-        # Both convolutions see one position, so they are matrix products; in float32, since an untrained bn_row lets
-        # a covariance through that overflows float16.
-        row_bias, bias = self.conv_row.bias, self.conv_expand.bias
-        assert row_bias is not None and bias is not None  # TorchScript wants to hear it
-        rows = self.conv_row.weight.unflatten(0, (-1, 4)).flatten(2)  # (d, 4, d)
-        e = matmul_upcast(v.transpose(2, 3), rows.transpose(1, 2)).flatten(1) + row_bias  # (N, 4d)
-        z = matmul_upcast(e, self.conv_expand.weight.flatten(1).t()) + bias  # (N, C)
-        return z.sigmoid()[:, :, None, None]  # (N, C, 1, 1)
+        # In float32, since an untrained bn_row lets a covariance through that overflows float16; TorchScript has no
+        # autocast switch for any device.
+        if torch.jit.is_scripting():
+            return self.conv_expand(self.conv_row(v)).sigmoid()
+        with no_autocast(v):
+            return self.conv_expand(self.conv_row(v)).sigmoid()  # (N, C, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (self.channel_gate(self.covariance(x)).to(x.dtype) * self.gain)
