@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .layers import Attention, AttnSpec, attn_sites, check_attn_args, create_attn, get_attn
+from .layers import Attention, AttnSpec, attn_sites, check_attn_args, create_attn, get_attn, no_weight_decay
 
 _logger = logging.getLogger(__name__)
 
@@ -650,8 +650,7 @@ def _build(attn: AttnSpec, sites: list[Site], attn_args: dict[str, Any], start: 
 
 
 def _no_weight_decay(model: nn.Module, inner: Callable[[], Any] | None) -> set[str]:
-    names = {f'{site}.{p}' for site, m in attn_sites(model).items() for p in m.no_weight_decay}
-    return names | set(inner() if inner else ())
+    return no_weight_decay(model) | set(inner() if inner else ())
 
 
 def _is_ours(method: Any) -> bool:

@@ -213,6 +213,15 @@ def attn_sites(model: nn.Module) -> dict[str, Attention]:
     return sites
 
 
+def no_weight_decay(model: nn.Module) -> set[str]:
+    """Parameters of a model's attentions that are trained without weight decay, by name.
+
+    Args:
+        model: Any model, registered or injected into.
+    """
+    return {f'{site}.{p}' for site, m in attn_sites(model).items() for p in m.no_weight_decay}
+
+
 def gain_keys(model: nn.Module) -> frozenset[str]:
     """The keys under which a state dict may hold a gain, whether or not this model's does.
 

@@ -9,6 +9,7 @@ import timm.models
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from torch import nn
 
+from ..layers import no_weight_decay
 from ..weights import cfgs_of, checkpoint_filter_fn
 
 M = TypeVar('M', bound=nn.Module)
@@ -44,4 +45,8 @@ def build(cls: type[M], variant: str, pretrained: bool, defaults: dict[str, Any]
         args['attn_args'] = attn_args
     # The filter looks a download's checksum up where timm puts it.
     filter_fn = functools.partial(checkpoint_filter_fn, cache_dir=args.get('cache_dir'))
-    return build_model_with_cfg(cls, variant, pretrained, pretrained_filter_fn=filter_fn, **args)
+    model: Any = build_model_with_cfg(cls, variant, pretrained, pretrained_filter_fn=filter_fn, **args)
+    # features_only takes the model apart, and its method would be lost.
+    if not hasattr(model, 'no_weight_decay') and no_weight_decay(model):
+        model.no_weight_decay = functools.partial(no_weight_decay, model)
+    return model

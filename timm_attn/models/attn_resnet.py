@@ -30,11 +30,15 @@ def cifar_stem_(model: ResNet) -> ResNet:
         The same model; the reductions in `feature_info` are corrected.
 
     Raises:
-        ValueError: The stem is not a single convolution.
+        ValueError: The stem is not a single convolution, or its pool is one.
     """
     old = model.conv1
     if not isinstance(old, nn.Conv2d):
-        raise ValueError(f'cifar_stem replaces a single convolution, but the stem is a {type(old).__name__}.')
+        raise ValueError(
+            f'cifar_stem replaces a single convolution, but the stem is a {type(old).__name__}: leave out stem_type.'
+        )
+    if any(isinstance(m, nn.Conv2d) for m in model.maxpool.modules()):
+        raise ValueError('cifar_stem has no pool, and replace_stem_pool asks for a convolution there: leave out one.')
     weight = old.weight
     model.conv1 = nn.Conv2d(
         old.in_channels, old.out_channels, 3, padding=1, bias=False, device=weight.device, dtype=weight.dtype
@@ -50,14 +54,35 @@ def cifar_stem_(model: ResNet) -> ResNet:
 def _keep_resolution(model: ResNet) -> None:
     """Takes the stride out of the last stage, without dilation, as GSoP's released nets have it."""
     block: Any = model.get_submodule('layer4.0')
-    convs = [m for m in block.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)]
-    if not convs:
+    if block.stride == 1:
         return  # output_stride has done so already
-    for conv in convs:
-        conv.stride = (1, 1)
+    for m in block.modules():
+        if isinstance(m, nn.Conv2d) and m.stride == (2, 2):
+            m.stride = (1, 1)
+    # The stride may sit in a filter behind the convolution and in the shortcut's pool, which timm leaves out of blocks
+    # without stride.
+    block.aa = nn.Identity()
+    if isinstance(block.downsample[0], nn.AvgPool2d):
+        block.downsample[0] = nn.Identity()
     block.stride = 1
     info: Any = model.feature_info[-1]
     info['reduction'] //= 2
+
+
+def check_classifier(model: ResNet) -> None:
+    """Refuses a classifier behind no pooling, which timm builds and cannot run.
+
+    Args:
+        model: A ResNet.
+
+    Raises:
+        ValueError: `global_pool` is empty and there are classes.
+    """
+    if not isinstance(model.fc, nn.Identity) and model.global_pool.is_identity():
+        raise ValueError(
+            f"global_pool (='') leaves a map, which no classifier of {model.num_classes} classes takes: pass "
+            'num_classes=0 with it.'
+        )
 
 
 class AttnResNet(ResNet):
@@ -72,7 +97,8 @@ class AttnResNet(ResNet):
         **kwargs: timm's ResNet's.
 
     Raises:
-        ValueError: The attention does not fit the model's channels, or `last_stride` is neither.
+        ValueError: The attention does not fit the model's channels, `last_stride` is neither, `cifar_stem` goes with
+            another stem, or there is a classifier without pooling.
         TypeError: Unknown attention options.
     """
 
@@ -90,6 +116,7 @@ class AttnResNet(ResNet):
         self.attn_args = dict(attn_args or {})
         if last_stride not in (1, 2):
             raise ValueError(f'last_stride (={last_stride}) must be 1 or 2.')
+        check_classifier(self)
         if cifar_stem:
             cifar_stem_(self)
         if last_stride == 1:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..layers import check_attn_args, create_attn
 from ._build import build, register_model
-from .attn_resnet import cifar_stem_
+from .attn_resnet import check_classifier, cifar_stem_
 
 __all__ = ['SKBottleneck', 'SKResNet']
 
@@ -24,11 +24,23 @@ class SKBottleneck(Bottleneck):
         *args: timm's Bottleneck's.
         attn_args: Options of the selective kernel.
         **kwargs: timm's Bottleneck's.
+
+    Raises:
+        ValueError: `block_reduce_first` narrows what the selective kernel takes, or a `norm_layer` or `act_layer` is
+            not its own.
     """
 
     def __init__(self, *args: Any, attn_args: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         conv: Any = self.conv2
+        if conv.in_channels != conv.out_channels:
+            raise ValueError(
+                f'block_reduce_first (={kwargs["reduce_first"]}) gives the 3x3 convolution {conv.in_channels} channels '
+                f'for {conv.out_channels}, and a selective kernel has as many on both sides: leave it at 1.'
+            )
+        for argument, own in (('norm_layer', nn.BatchNorm2d), ('act_layer', nn.ReLU)):
+            if (given := kwargs.get(argument, own)) is not own:
+                raise ValueError(f'{argument} (={given}) must be {own.__name__}: a selective kernel has it inside.')
         self.conv2 = create_attn(
             'sk',
             conv.out_channels,
@@ -53,7 +65,7 @@ class SKResNet(ResNet):
         **kwargs: timm's ResNet's.
 
     Raises:
-        ValueError: The selective kernel does not fit the model's channels.
+        ValueError: The selective kernel does not fit the model's channels, norms or activations.
         TypeError: Unknown options, or those that the block itself sets.
     """
 
@@ -71,6 +83,7 @@ class SKResNet(ResNet):
         if taken:
             raise TypeError(f"A block sets its kernel's {', '.join(taken)} itself. Accepted: form, rd_ratio.")
         super().__init__(*args, block_args={**(block_args or {}), 'attn_args': attn_args}, **kwargs)
+        check_classifier(self)
         self.attn = 'sk'
         self.attn_args = attn_args
         if cifar_stem:
