@@ -50,9 +50,7 @@ def gap(got: Tensor, want: Tensor) -> float:
 
 def holders(model: nn.Module) -> dict[str, nn.Module]:
     """The submodules that hold parameters or buffers of their own."""
-    own = {k: m for k, m in model.named_modules() if [*m.parameters(recurse=False), *m.buffers(recurse=False)]}
-    assert own
-    return own
+    return {k: m for k, m in model.named_modules() if [*m.parameters(recurse=False), *m.buffers(recurse=False)]}
 
 
 def _note(called: list[str], key: str, *_: Any) -> None:

@@ -114,7 +114,7 @@ class FCA(Attention):
         return (q * basis).sum((3, 4)).flatten(1)  # (N, C)
 
     def channel_gate(self, x: Tensor) -> Tensor:
-        z = self.spectrum(x).to(self.fc1.weight.dtype)
+        z = self.spectrum(x).to(x.dtype)
         return self.fc2(self.fc1(z).relu()).sigmoid()[:, :, None, None]  # (N, C, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
