@@ -149,6 +149,11 @@ def test_a_known_checksum_tells_which_of_two_nets_with_equal_keys_it_is(
         (['--sha256', 'abc'], 'not abc: it is another file'),
         (['--model', 'bam_resnet18'], "a net with 'srm' (srm), and bam_resnet18 has 'bam'"),
         (['--num-classes', '10'], 'pass num_classes=1000'),
+        (['--sha1', ''], '--sha1 is empty, perhaps a shell variable that is not set'),
+        (['--sha256', ''], '--sha256 is empty'),
+        (['--sha256', '  '], '--sha256 is empty'),
+        (['--weights', 'ema'], "weights='ema' was asked for: leave it out"),
+        (['--prefix', 'backbone.'], "No key begins with prefix (='backbone.')"),
     ],
 )
 def test_a_wrong_file_is_refused_and_nothing_is_written(
@@ -163,6 +168,35 @@ def test_a_wrong_file_is_refused_and_nothing_is_written(
     assert 'Traceback' not in error
     assert not out.exists()
     assert file.read_bytes() == before
+
+
+def test_the_choice_between_averaged_and_raw_weights_is_written_down(
+    filled: Fill, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = filled('srm_resnet18')
+    ema = raw | {'fc.bias': raw['fc.bias'] + 1}
+    averaged = {'n_averaged': torch.tensor(7), **{f'module.{k}': v for k, v in ema.items()}}
+    torch.save({'model': raw, 'model_ema': averaged, 'epoch': 3}, tmp_path / 'x.pth')
+    command = ['convert', str(tmp_path / 'x.pth'), '--model', 'srm_resnet18', '--out']
+    for words, expected, kind in (([], ema, 'ema'), (['--weights', 'raw'], raw, 'raw')):
+        out = tmp_path / kind
+        caplog.clear()
+        assert main([*command, str(out), *words]) == 0
+        assert ('the averaged ones are taken' in caplog.text) == (not words)
+        with safe_open(out / 'model.safetensors', 'pt') as weights:
+            assert torch.equal(weights.get_tensor('fc.bias'), expected['fc.bias'])
+        provenance = _config(out)['timm_attn']['provenance']
+        assert provenance['weights'] == kind
+        assert provenance['conversion'].endswith(", weights='raw')" if words else ", source='srm')")
+
+
+def test_a_lightning_file_converts_by_its_prefix(filled: Fill, tmp_path: Path) -> None:
+    state_dict = {f'model.{k}': v for k, v in filled('srm_resnet18').items()}
+    torch.save({'state_dict': state_dict | {'loss.weight': torch.ones(1000)}}, tmp_path / 'x.ckpt')
+    command = ['convert', str(tmp_path / 'x.ckpt'), '--model', 'srm_resnet18', '--out', str(tmp_path / 'out')]
+    assert main(command) == 1
+    assert main([*command, '--prefix', 'model.']) == 0
+    assert "prefix='model.'" in _config(tmp_path / 'out')['timm_attn']['provenance']['conversion']
 
 
 def test_a_folder_that_holds_something_is_kept_without_overwrite(
@@ -211,6 +245,8 @@ def test_the_official_table_covers_what_authors_host() -> None:
         assert timm.is_model(official.model)
         # Only the source without a licence has none.
         assert (official.licence is None) == (official.source == 'insight')
+        assert official.home.startswith('https://github.com/')
+    assert get_official('insight_sge_resnet50').top1 == 77.584
 
 
 class _Drive(http.server.BaseHTTPRequestHandler):

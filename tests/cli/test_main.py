@@ -37,7 +37,7 @@ def test_list_shows_every_attention_and_every_model(capsys: pytest.CaptureFixtur
     out = capsys.readouterr().out
     assert [a for a in timm_attn.list_attn() if f'| `{a}` |' not in out] == []
     models = [m for module in ('attn_resnet', 'sk_resnet', 'simple_cnn') for m in timm.list_models(module=module)]
-    assert len(models) == 48
+    assert len(models) == 70
     assert [m for m in models if f'| `{m}` |' not in out] == []
     # Parameters and MACs as attention.md 1.4 has them for CBAM-50: 28,089,624 and 4,095,573,110.
     assert '| `cbam_resnet50` | 28,089,624 | 4.096 |' in out

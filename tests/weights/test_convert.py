@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ NETS = [
     ('triplet_resnet18', 'triplet_resnet18', 'triplet'),
     ('sk_insight_resnet50', 'sk_resnet50', 'insight'),
     ('gsop_net1_resnet50', 'gsop_resnet50', 'gsop'),
+    ('fcanet34', 'fca_resnet34', 'fcanet'),
+    ('sge_resnet18', 'sge_resnet18', 'insight'),
+    ('simam_resnet18', 'simam_resnet18', 'simam'),
 ]
 LISTS = [
     ('bam_resnet50', 'bam_resnet50', None),
@@ -44,12 +48,13 @@ LISTS = [
     ('pytorchcv_seresnet18', 'se_resnet18', None),
     ('pytorchcv_seresnet50b', 'se_resnet50', 'pytorchcv/seresnet50b'),
     ('pytorchcv_sknet50', 'sk_resnext50_32x4d', None),
+    ('fcanet50', 'fca_resnet50', None),
 ]
 
 
 def _state_hash(state_dict: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for key in sorted(state_dict):
+    for key in sorted(k for k in state_dict if not k.endswith('dct_layer.weight')):
         digest.update(key.encode())
         digest.update(state_dict[key].numpy().tobytes())
     return digest.hexdigest()
@@ -76,7 +81,7 @@ def test_a_released_net_gives_its_authors_logits_and_stage_statistics(
 ) -> None:
     state_dict = filled(name)
     with safe_open(golden / f'{name}.safetensors', 'pt') as file:
-        expected = {k: file.get_tensor(k) for k in file}
+        expected = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - it is no dict
         meta = json.loads(file.metadata()['meta'])
     assert _state_hash(state_dict) == meta['state_sha256']
 
@@ -114,7 +119,8 @@ def test_every_key_list_converts_and_loads_strictly(
     # Nothing but zeros was added, and no number was lost.
     assert state_dict.keys() == before.keys()
     assert all(torch.equal(v, before[k]) for k, v in state_dict.items())
-    total = sum(v.double().abs().sum() for v in before.values())
+    constant = 'dct_layer.weight'  # what the model computes itself
+    total = sum(v.double().abs().sum() for k, v in before.items() if not k.endswith(constant))
     torch.testing.assert_close(sum(v.double().abs().sum() for v in converted.values()), total)
 
 
@@ -320,16 +326,58 @@ def test_our_own_checkpoints_pass_unchanged(randomise: Any) -> None:
         assert all(torch.equal(v, state_dict[k]) for k, v in converted.items())
 
 
+def test_waves_that_half_precision_rounded_are_the_waves(filled: Fill) -> None:
+    net = filled('fcanet34')
+    expected = convert(net, 'fca_resnet34')
+    rounded = {k: v.half().float() if k.endswith('dct_layer.weight') else v for k, v in net.items()}
+    assert any(not torch.equal(v, net[k]) for k, v in rounded.items())
+    without = {k: v for k, v in net.items() if not k.endswith('dct_layer.weight')}
+    for state_dict in (rounded, without):
+        converted = convert(state_dict, 'fca_resnet34')
+        assert converted.keys() == expected.keys()
+        assert all(torch.equal(v, expected[k]) for k, v in converted.items())
+
+
+def test_our_own_net_without_weights_in_its_attention_needs_a_word(filled: Fill, randomise: Any) -> None:
+    own = randomise(timm.create_model('simam_resnet18', device='meta'), 0)
+    converted = convert(own, 'simam_resnet18', 'timm_attn')
+    assert all(torch.equal(v, own[k]) for k, v in converted.items()) and converted.keys() == own.keys()
+    # Its keys are a plain ResNet's, which is another function.
+    with pytest.raises(ValueError, match=r"SimAM has no warm start.*source='timm_attn'"):
+        convert(own, 'simam_resnet18')
+    plain = convert(filled('simam_resnet18'), 'simam_resnet18')
+    with pytest.raises(ValueError, match=r"source='timm_attn'"):
+        convert(plain, 'simam_resnet18', 'torchvision')
+
+
+def test_plain_nets_of_pytorchcv_start_warm(plain: Any) -> None:
+    theirs = {}
+    for key, value in plain(18).items():
+        key = re.sub(r'^layer(\d)\.(\d)\.', lambda m: f'features.stage{m[1]}.unit{int(m[2]) + 1}.', key)
+        key = re.sub(r'\.(conv|bn)([12])\.', r'.body.conv\2.\1.', key)
+        key = key.replace('downsample.0.', 'identity_conv.conv.').replace('downsample.1.', 'identity_conv.bn.')
+        key = re.sub(r'^(conv|bn)1\.', r'features.init_block.conv.\1.', key).replace('fc.', 'output.')
+        theirs[key] = value
+    converted, expected = convert(theirs, 'cbam_resnet18'), convert(plain(18), 'cbam_resnet18')
+    assert converted.keys() == expected.keys()
+    assert all(torch.equal(v, expected[k]) for k, v in converted.items())
+
+
 def test_sources_are_listed() -> None:
     assert list_sources() == [
         'cadene',
         'ecanet',
+        'fcanet',
         'gam',
+        'gct',
         'gsop',
         'insight',
         'jongchan',
+        'mmdetection',
+        'mmpretrain',
         'moskomule',
         'pytorchcv',
+        'simam',
         'srm',
         'timm',
         'timm_attn',

@@ -74,9 +74,79 @@ def test_an_eca_kernel_longer_than_the_models_is_refused(filled: Fill) -> None:
         convert(filled('eca_resnet18_k3577'), 'eca_resnet18', attn_args={'kernel_size': 3})
 
 
+def _altered(key: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda net: net | {key: change(net[key])}
+
+
+@pytest.mark.parametrize(
+    ('alter', 'message'),
+    [
+        (_altered('layer1.0.att.dct_layer.weight', lambda v: v.transpose(1, 2).contiguous()), r'learned or random'),
+        (_altered('layer4.2.att.dct_layer.weight', lambda v: v + 3e-4), r'layer4\.2\.att.* by 0\.0003: .*learned'),
+        (_altered('layer3.5.att.dct_layer.weight', torch.rand_like), r'learned or random filters'),
+        (_altered('layer2.0.att.dct_layer.weight', lambda v: v * float('nan')), r'learned or random'),
+        (_altered('layer2.0.att.dct_layer.weight', lambda v: v[:, :14, :14]), r'has waves of shape \(128, 28, 28\)'),
+        (
+            _altered('layer2.0.att.dct_layer.weight', lambda v: torch.zeros(1).expand(128, 9000, 9000)),
+            r'has waves of shape \(128, 28, 28\)',
+        ),
+    ],
+)
+def test_fcanets_with_other_filters_are_refused(alter: Any, message: str, filled: Fill) -> None:
+    with pytest.raises(ValueError, match=message):
+        convert(alter(filled('fcanet34')), 'fca_resnet34')
+
+
+def test_fcanets_waves_are_of_the_models_sizes(filled: Fill) -> None:
+    with pytest.raises(ValueError, match=r'has waves of shape \(64, 7, 7\)'):
+        convert(filled('fcanet34'), 'fca_resnet34', attn_args={'dct_size': 7})
+
+
+def test_simams_lambda_is_that_of_the_published_nets(filled: Fill) -> None:
+    with pytest.raises(ValueError, match=r'have e_lambda=0\.1, .* this simam_resnet18 has 0\.0001'):
+        convert(filled('simam_resnet18'), 'simam_resnet18', attn_args={'e_lambda': 1e-4})
+
+
+def test_networks_that_no_model_here_is_are_named(filled: Fill, plain: Callable[[int], dict[str, Tensor]]) -> None:
+    gct = {'state_dict': {f'module.{k}': v for k, v in filled('gct_resnet50').items()}}
+    for name in ('gct_resnet50', 'se_resnet50'):
+        with pytest.raises(ValueError, match=r'a gate stands before every convolution.*stride is in the first 1x1'):
+            convert(gct, name)
+    backbone = {k: v for k, v in plain(50).items() if not k.startswith('fc.')}
+    detector = {f'backbone.{k}': v for k, v in backbone.items()} | {
+        'backbone.layer2.0.context_block.conv_mask.weight': torch.zeros(1, 512, 1, 1),
+        'bbox_head.fc_cls.weight': torch.zeros(2, 2),
+    }
+    with pytest.raises(ValueError, match=r'global context blocks in its stages 2 to 4 alone'):
+        convert(detector, 'gc_resnet50', prefix='backbone.', num_classes=0)
+    scsa = {f'backbone.{k}': v for k, v in backbone.items()} | {
+        'backbone.layer1.0.attn.local_dwc.weight': torch.zeros(16, 1, 3)
+    }
+    with pytest.raises(ValueError, match=r'behind the activation in the middle of a block'):
+        convert(scsa, 'scsa_resnet50', num_classes=0)
+
+
+@pytest.mark.parametrize(
+    ('layer', 'name'), [('gc', 'gc_resnet18'), ('gca', 'gc_resnet18'), ('coord', 'coord_resnet18')]
+)
+def test_timms_modules_of_the_same_names_are_other_modules(layer: str, name: str, randomise: Any) -> None:
+    theirs = randomise(timm.create_model('resnet18', block_args=dict(attn_layer=layer), device='meta'), 0)
+    with pytest.raises(ValueError, match=rf'does not fit {name}\. .*(missing keys|another shape)'):
+        convert(theirs, name)
+
+
+def test_plain_bottlenecks_of_pytorchcv_need_the_name_with_the_b_too() -> None:
+    keys = ('features.init_block.conv.conv.weight', 'features.stage1.unit1.body.conv3.conv.weight')
+    with pytest.raises(ValueError, match=r"resnet50 and resnet50b have the same keys.*source='pytorchcv/resnet50b'"):
+        convert({k: torch.zeros(1) for k in keys}, 'cbam_resnet50')
+
+
 @pytest.mark.parametrize(
     ('name', 'model_name', 'message'),
     [
+        ('sge_resnet18', 'se_resnet18', r"a net with 'sge' \(insight\), and se_resnet18 has 'se'"),
+        ('simam_resnet18', 'se_resnet18', r"a net with 'simam' \(simam\)"),
+        ('fcanet50', 'se_resnet50', r"a net with 'fca' \(fcanet\)"),
         ('cbam_resnet18', 'bam_resnet18', r"a net with 'cbam' \(jongchan\), and bam_resnet18 has 'bam'"),
         ('eca_resnet18_k3577', 'se_resnet18', r"a net with 'eca' \(ecanet\), and se_resnet18 has 'se'"),
         ('pytorchcv_cbam_resnet18', 'se_resnet18', r"a net with 'cbam' \(pytorchcv\)"),

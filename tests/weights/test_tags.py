@@ -70,9 +70,9 @@ def test_timm_lists_the_tables_tags_and_its_first_is_the_default() -> None:
         assert cfg.tag == tags_of(model)[0].tag
 
 
-def test_every_model_but_sk_and_gsop_and_the_teaching_cnn_has_a_warm_start() -> None:
+def test_every_model_but_sk_gsop_simam_and_the_teaching_cnn_has_a_warm_start() -> None:
     without = {m for m in OURS if not any(t.status == 'warm' for t in tags_of(m))}
-    assert without == {m for m in OURS if m.startswith(('sk_', 'gsop_', 'simple_cnn'))}
+    assert without == {m for m in OURS if m.startswith(('sk_', 'gsop_', 'simam_', 'simple_cnn'))}
     assert cfgs_of(['gsop_resnet50']).keys() == {'gsop_resnet50.untrained'}
     assert cfgs_of(['sk_resnet50'])['sk_resnet50.untrained']['url'] == ''
     with pytest.raises(RuntimeError, match='No pretrained weights exist for gsop_resnet50'):
@@ -85,6 +85,14 @@ def test_the_defaults_are_those_of_the_design() -> None:
     assert tags_of('se_resnet50')[0].tag == 'a1_in1k'
     assert tags_of('sk_resnext50_32x4d')[0].tag == 'ra_in1k'
     assert tags_of('cbam_resnet18')[0].tag == 'resnet18_a1_in1k'
+    for depth, top1 in ((34, 75.02), (50, 78.57), (101, 79.63), (152, 80.02)):
+        tag = tags_of(f'fca_resnet{depth}')[0]
+        assert (tag.top1, tag.licence) == (top1, 'mit')
+        assert tag.url == f'https://github.com/cfzd/FcaNet/releases/download/v1.0/fca{depth}.pth'
+    # GSoP's last stage keeps the resolution.
+    for name, size in (('gsop_resnet50', 14), ('gsop_resnet101', 14), ('cbam_resnet50', 7), ('simple_cnn', 56)):
+        cfg = timm.get_pretrained_cfg(name)
+        assert cfg is not None and cfg.pool_size == (size, size)
 
 
 @pytest.mark.parametrize('tag', TAGS, ids=_id)
@@ -104,11 +112,21 @@ def test_preprocessing_is_that_of_the_weights(tag: Tag) -> None:
     assert cfg.hf_hub_id == source.hf_hub_id
 
 
-# The two deepest nets take long: one of each way of folding, and one of each depth, stand for the others.
-DEEP = ('eca_resnet152', 'bam_resnet101', 'gam_resnet101')
+# Each attention at its smallest depth, and some deep ones for the others: one of each way of folding.
+DEEP = (
+    'eca_resnet152',
+    'bam_resnet101',
+    'gam_resnet101',
+    'cbam_resnet50',
+    'bam_resnet50',
+    'nl_resnet50',
+    'csa_resnet34',
+)
 
 
-@pytest.mark.parametrize('tag', [t for t in WARM if t.model in DEEP or not t.model.endswith(('101', '152'))], ids=_id)
+@pytest.mark.parametrize(
+    'tag', [t for t in WARM if t.model.endswith('18') or t.model in (*DEEP, 'fca_resnet34')], ids=_id
+)
 def test_a_warm_tag_gives_the_plain_resnets_logits(
     tag: Tag, plain: Plain, with_weights: Callable[..., nn.Module], quick_init: None, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -184,6 +202,26 @@ def test_a_tag_of_pytorchcv_loads_from_a_server_that_has_the_release(
     )
     expected = convert(state_dict, tag.model, tag.source)
     assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
+
+
+def test_fcanets_release_loads_from_a_server_and_a_variant_of_it_does_not(
+    served: tuple[Path, str], filled: Callable[[str], dict[str, Tensor]], tmp_path: Path, quick_init: None
+) -> None:
+    folder, address = served
+    net = filled('fcanet34')
+    torch.save(net, folder / 'fca34.pth')
+    torch.save(net | {'layer1.0.att.dct_layer.weight': torch.rand(64, 56, 56)}, folder / 'learned.pth')
+
+    def load(name: str) -> nn.Module:
+        overlay = dict(url=f'{address}/{name}')
+        return timm.create_model(
+            'fca_resnet34.fcanet_in1k', pretrained=True, cache_dir=tmp_path / 'cache', pretrained_cfg_overlay=overlay
+        )
+
+    expected = convert(net, 'fca_resnet34')
+    assert all(torch.equal(v, expected[k]) for k, v in load('fca34.pth').state_dict().items())
+    with pytest.raises(ValueError, match='learned or random filters'):
+        load('learned.pth')
 
 
 @pytest.mark.filterwarnings(ZIP_WARNING)

@@ -66,6 +66,8 @@ def test_averaged_or_raw_weights_are_chosen_and_it_is_said(
         {'net': _prefixed(RAW, 'module.'), 'acc': 93.2},
         {'network': RAW},
         {'state_dict': {'state_dict': RAW}},
+        {'model': {'name': 'x', 'depth': 18}, 'params': {'lr': 0.1}, 'net': RAW},
+        {'model': RAW, 'state_dict': RAW},
         {'state_dict': _prefixed(RAW, 'model.'), 'pytorch-lightning_version': '2.5'},
         {'state_dict': _prefixed(RAW, 'net._orig_mod.')},
         {'state_dict': _prefixed(RAW, '_orig_mod.model.backbone.')},
@@ -124,6 +126,8 @@ def test_a_prefix_that_only_a_part_has_must_be_named(
 def test_what_is_no_choice_and_no_state_dict_is_refused() -> None:
     with pytest.raises(ValueError, match=r"weights \(='swa'\) must be one of: 'ema', 'raw'"):
         unwrap(RAW, 'swa')
+    with pytest.raises(ValueError, match=r"several sets of weights, 'state_dict', 'net': pass the one that is meant"):
+        unwrap({'net': RAW, 'state_dict': EMA})
     loop: dict[str, Any] = {}
     loop['state_dict'] = {'model': loop}
     with pytest.raises(ValueError, match='lead back to itself'):

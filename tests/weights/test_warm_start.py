@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
 import timm_attn
-from timm_attn.weights import convert, warm_start
+from timm_attn.layers import Attention, _registry, register_attn
+from timm_attn.models import AttnResNet
+from timm_attn.weights import cfgs_of, convert, tags, warm_start
 
 ATTENTIONS = ['se', 'eca', 'srm', 'cbam', 'bam', 'gam', 'triplet', 'csa']
 
@@ -20,7 +23,13 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
         return model.eval()(x)
 
 
-@pytest.mark.parametrize('attn', ATTENTIONS)
+# fca has no depth 18, and is with the tags.
+WARM = sorted(
+    {t.model.removesuffix('_resnet18') for t in tags.TAGS if t.model.endswith('_resnet18') and t.status == 'warm'}
+)
+
+
+@pytest.mark.parametrize('attn', WARM)
 def test_logits_equal_the_plain_resnets(
     attn: str,
     plain: Callable[[int], dict[str, Tensor]],
@@ -140,3 +149,78 @@ def test_what_cannot_be_started_is_refused(plain: Callable[[int], dict[str, Tens
         warm_start(part, cbam)
     with pytest.raises(ValueError, match=r'1 missing keys: layer2\.0\.bn2\.weight\.'):
         convert(part, 'cbam_resnet18')
+
+
+class Third(Attention):
+    """An attention of somebody else's: it multiplies by 3 s(f(mean)) / 4, so its constant is 3/8."""
+
+    def __init__(self, channels: int, *, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(neutral_gate=0.375)
+        self.weight = nn.Parameter(torch.ones(channels, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.ones(channels, device=device, dtype=dtype))
+
+    def init_neutral(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.mean((2, 3)) * self.weight + self.bias
+        return x * (0.75 * z.sigmoid()[:, :, None, None] * self.gain)
+
+
+@pytest.fixture
+def outsiders(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Registers a class from outside the package, for one test."""
+    monkeypatch.setattr(_registry, '_ATTENTIONS', dict(_registry._ATTENTIONS))
+    monkeypatch.setattr(tags, 'TAGS', list(tags.TAGS))
+
+    def register(name: str, placement: str, cls: type[Attention]) -> None:
+        about = dict(title='t', authors='A, B', venue='v', paper='https://example.org', code='')
+        register_attn(name, placement=placement, year=2024, **about)(cls)
+
+    return register
+
+
+@pytest.mark.parametrize('placement', ['block', 'last_block', 'one_block', 'stage', 'conv2'])
+@pytest.mark.parametrize('norm', ['batchnorm2d', 'groupnorm'])
+def test_an_attention_from_outside_starts_warm_by_what_its_class_says(
+    placement: str, norm: str, outsiders: Callable[..., None], randomise: Any
+) -> None:
+    outsiders('third', placement, Third)
+    args: dict[str, Any] = dict(block=BasicBlock, layers=(1, 2, 1, 1), norm_layer=norm, num_classes=5)
+    plain = timm.models.resnet.ResNet(**args)
+    plain.load_state_dict(randomise(plain, 3))
+    model = AttnResNet(attn='third', **args)
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    before = _logits(model, x)
+    model.load_state_dict(warm_start(plain.state_dict(), model))
+    expected = _logits(plain, x)
+    assert (_logits(model, x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert (before - expected).abs().max() > 0.01 * expected.abs().max()
+    # And it has a tag like ours.
+    cfg = cfgs_of(['third_resnet18'])
+    assert cfg.keys() == {'third_resnet18.resnet18_a1_in1k'}
+    assert [t.model for t in tags.TAGS].count('third_resnet18') == 1
+    cfgs_of(['third_resnet18'])
+    assert [t.model for t in tags.TAGS].count('third_resnet18') == 1
+
+
+def test_an_attention_from_outside_says_itself_why_it_cannot(outsiders: Callable[..., None], randomise: Any) -> None:
+    class Changed(Third):
+        no_warm_start = 'Changed has no warm start: it changes the map.'
+
+    class Never(Third):
+        def __init__(self, channels: int, **dd: Any) -> None:
+            super().__init__(channels, **dd)
+            self.neutral_gate = None  # pyright: ignore[reportAttributeAccessIssue]
+
+    args: dict[str, Any] = dict(block=BasicBlock, layers=(1, 1, 1, 1))
+    plain = randomise(timm.models.resnet.ResNet(**args), 0)
+    for name, cls, message in (
+        ('changed', Changed, 'it changes the map'),
+        ('never', Never, 'Never has no warm start: it has no state in which it multiplies by a constant'),
+    ):
+        outsiders(name, 'block', cls)
+        with pytest.raises(ValueError, match=message):
+            warm_start(plain, AttnResNet(attn=name, **args))
+    assert cfgs_of(['changed_resnet18']).keys() == {'changed_resnet18.untrained'}

@@ -28,13 +28,14 @@ def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def attentions_table() -> str:
-    """The attentions as Markdown: name, place, options, paper."""
+    """The attentions as Markdown: name, place, options, paper, licence of the code that the default follows."""
     rows = []
     for name in list_attn():
         spec = get_attn(name)
         options = ', '.join(f'`{a}`' for a in accepted_args(name)) or 'none'
-        rows.append((f'`{name}`', spec.cls.__name__, spec.place, options, f'[{spec.year}]({spec.paper})'))
-    return markdown_table(('name', 'class', 'place', 'options', 'paper'), rows)
+        paper = f'[{spec.year}]({spec.paper})'
+        rows.append((f'`{name}`', spec.cls.__name__, spec.place, options, paper, spec.licence or '-'))
+    return markdown_table(('name', 'class', 'place', 'options', 'paper', 'licence of the code'), rows)
 
 
 def models_table(pattern: str = '') -> str:

@@ -18,17 +18,17 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from ._base import Attention, Gate, reduced_channels
+from ._base import Attention, Gate, rd_ratio_of, reduced_channels
 from ._precision import upcast
 from ._registry import register_attn
 
 # The 16 frequencies of the released nets, "top16", of a 7 x 7 map: along rows, and along columns.
-ROWS = (0, 0, 6, 0, 0, 1, 1, 4, 5, 1, 3, 0, 0, 0, 3, 2)
-COLUMNS = (0, 1, 0, 5, 2, 0, 2, 0, 0, 6, 0, 4, 6, 3, 5, 2)
+ROWS: tuple[int, ...] = (0, 0, 6, 0, 0, 1, 1, 4, 5, 1, 3, 0, 0, 0, 3, 2)
+COLUMNS: tuple[int, ...] = (0, 1, 0, 5, 2, 0, 2, 0, 0, 6, 0, 4, 6, 3, 5, 2)
 
 
 @torch.fx.wrap
-def _waves(frequencies: list[int], size: int, length: int, like: Tensor) -> Tensor:
+def waves(frequencies: list[int], size: int, length: int, like: Tensor) -> Tensor:
     """cos(pi u (t + 1/2) / d), normalised, spread over the pixels of `adaptive_avg_pool` from `length` to d = `size`.
 
     Args:
@@ -108,8 +108,8 @@ class FCA(Attention):
 
     def spectrum(self, x: Tensor) -> Tensor:
         q = upcast(x).unflatten(1, (16, -1))  # (N, 16, C / 16, H, W)
-        rows = _waves(self.rows, self.dct_size, x.shape[2], q)  # (16, H)
-        columns = _waves(self.columns, self.dct_size, x.shape[3], q)  # (16, W)
+        rows = waves(self.rows, self.dct_size, x.shape[2], q)  # (16, H)
+        columns = waves(self.columns, self.dct_size, x.shape[3], q)  # (16, W)
         basis = rows[:, None, :, None] * columns[:, None, None, :]  # (16, 1, H, W)
         return (q * basis).sum((3, 4)).flatten(1)  # (N, C)
 
@@ -119,6 +119,10 @@ class FCA(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * (self.channel_gate(x) * self.gain)
+
+    @classmethod
+    def options_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        return rd_ratio_of(shapes)
 
     @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ._base import Attention, Gate, check_choice, reduced_channels
+from ._base import Attention, Gate, check_choice, rd_ratio_of, reduced_channels
 from ._precision import matmul_upcast, upcast
 from ._registry import register_attn
 
@@ -144,6 +144,10 @@ class GlobalContext(Attention):
                 if self.gain != 1.0:
                     y = y * self.gain
         return y
+
+    @classmethod
+    def options_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        return rd_ratio_of(shapes, 'mlp_add.fc1.weight') or rd_ratio_of(shapes, 'mlp_mul.fc1.weight')
 
     @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:

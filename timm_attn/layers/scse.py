@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ._base import Attention, Gate, check_choice, reduced_channels
+from ._base import Attention, Gate, check_choice, rd_ratio_of, reduced_channels
 from ._registry import register_attn
 
 
@@ -83,6 +83,10 @@ class SCSE(Attention):
             return x * ((a + g) * self.gain)
         # In the neutral state all elements are ties, of which maximum() gives half the gradient to either side.
         return torch.maximum(x * (a * self.gain), x * (g * self.gain))
+
+    @classmethod
+    def options_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        return rd_ratio_of(shapes)
 
     @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:

@@ -85,6 +85,10 @@ class SGE(Attention):
         v = x.unflatten(1, (self.groups, -1))  # (N, g, c, H, W)
         return (v * (self.group_gate(x) * self.gain)).flatten(1, 2)
 
+    @classmethod
+    def options_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        return {'groups': str(shapes['weight'][1])} if 'weight' in shapes else {}
+
     @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:
         """'spatial' (N, C, H, W): one map a group, repeated for its channels."""

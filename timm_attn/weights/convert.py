@@ -118,7 +118,8 @@ def _check_source(source: str | None, found: Source, attn: str, target: Target) 
         raise ValueError(f"Unknown source '{source}'. A net is named for {with_nets} only: 'pytorchcv/seresnet50b'.")
     if slash and not re.fullmatch(found.nets, net):
         raise ValueError(f"Unknown source '{source}'. Expected a net such as 'pytorchcv/seresnet50b'.")
-    if attn not in (PLAIN, OWN, target.attn):
+    # A source without rules has checks that refuse it whatever the model.
+    if found.rules and attn not in (PLAIN, OWN, target.attn):
         raise ValueError(
             f"The checkpoint is a net with '{attn}' ({found.name}), and {target.name} has "
             f"{repr(target.attn) if target.attn else 'no attention'}: convert it for a model with '{attn}'."
@@ -299,7 +300,13 @@ def convert_for(
     expected = model.state_dict()
     warm = attn == PLAIN
     if warm:
-        check_can_start(model, plain)
+        try:
+            check_can_start(model, plain)
+        except ValueError as e:
+            if any(k.startswith(target.sites) for k in target.shapes):
+                raise
+            # Its own nets have a plain one's keys.
+            raise ValueError(f"{e} If these are the weights of {target.name} itself, pass source='timm_attn'.") from e
         base = {k: v for k, v in target.shapes.items() if not k.startswith(target.sites)}
         target = replace(target, shapes=base, gains=frozenset())
     ours, problems = translate(plain, found, target)

@@ -83,6 +83,22 @@ def _pcv(model: str, net: str, top1_error: float, release: str, err5: str, sha1:
     )
 
 
+def _fca(depth: int, top1: float) -> Tag:
+    # No checksum is stated: keys, shapes and the waves in the file are what is checked.
+    url = f'https://github.com/cfzd/FcaNet/releases/download/v1.0/fca{depth}.pth'
+    return Tag(
+        f'fca_resnet{depth}',
+        'fcanet_in1k',
+        'trained',
+        'mit',
+        'fcanet',
+        top1,
+        'the authors, 224 px',
+        url=url,
+        preprocessing=RESIZE_256,
+    )
+
+
 def _timm_cfg(name: str) -> dict[str, Any]:
     cfg = get_pretrained_cfg(name)
     found = {} if cfg is None else dataclasses.asdict(cfg)
@@ -138,6 +154,10 @@ TAGS: list[Tag] = [
     _pcv('se_resnet50', 'seresnet50b', 20.79, 'v0.0.387', '0539', '459e6871e944d1c7102ee9c055ea428b8d9a168c'),
     _pcv('se_resnet101', 'seresnet101b', 19.70, 'v0.0.460', '0487', 'b83a20fd2ad9a32e0fe5cb3daef45aac03ea3194'),
     _timm('sk_resnext50_32x4d', 'ra_in1k', 'skresnext50_32x4d', 80.168),
+    _fca(34, 75.02),
+    _fca(50, 78.57),
+    _fca(101, 79.63),
+    _fca(152, 80.02),
 ]
 
 

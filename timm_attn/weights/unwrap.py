@@ -96,16 +96,30 @@ def _enter(checkpoint: Mapping[str, Any], weights: str | None) -> tuple[Mapping[
         lightning = _LIGHTNING_MARK in found and _LIGHTNING_RAW in found
         averaged = ('state_dict',) if lightning else _AVERAGED
         names = (_LIGHTNING_RAW,) if lightning else _RAW
-        ema = next((n for n in averaged if isinstance(found.get(n), Mapping) and found[n]), None)
-        raw = next((n for n in names if isinstance(found.get(n), Mapping) and found[n]), None)
+        ema, raw = _one_of(found, averaged), _one_of(found, names)
         if ema and (weights != 'raw' or not raw):
-            kind, left = 'ema', raw or ''
+            kind, left = 'ema', raw
             found = found[ema]
         elif raw:
             kind = 'raw' if ema else kind
             found = found[raw]
         else:
             return found, kind, left
+
+
+def _one_of(found: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    """The entry of these names that holds weights, empty for none."""
+    inner = {n: v for n in names if isinstance(v := found.get(n), Mapping) and _holds_weights(v)}
+    if len({id(v) for v in inner.values()}) > 1:
+        raise ValueError(
+            f'The checkpoint holds several sets of weights, {some(map(repr, inner))}: pass the one that is meant.'
+        )
+    return next(iter(inner), '')
+
+
+def _holds_weights(found: Mapping[str, Any]) -> bool:
+    wrappers = (*_AVERAGED, *_RAW)
+    return any(isinstance(v, Tensor) or (k in wrappers and isinstance(v, Mapping)) for k, v in found.items())
 
 
 def _check_tensors_only(found: Mapping[Any, Any]) -> None:

@@ -52,7 +52,12 @@ def _fold(weights: dict[str, Tensor], site: str, module: Attention, model: nn.Mo
         return
     host, _, _ = site.rpartition('.')
     parent = model.get_submodule(host)
-    keys = _after_stage(model, host, site) if isinstance(parent, nn.Sequential) else _before_slot(parent, host, site)
+    if isinstance(parent, nn.Conv2d):  # which the attention follows
+        keys = [f'{host}.weight', *([f'{host}.bias'] if parent.bias is not None else [])]
+    elif isinstance(parent, nn.Sequential):
+        keys = _after_stage(model, host, site)
+    else:
+        keys = _before_slot(parent, host, site)
     for key in keys:
         _scale(weights, key, factor)
 

@@ -1,4 +1,4 @@
-"""PytorchInsight's SE and SK-ResNet*; its CBAM and BAM have the keys of their authors' code.
+"""PytorchInsight's SE, SGE and SK-ResNet*; its CBAM and BAM have the keys of their authors' code.
 
 Code: https://github.com/implus/PytorchInsight @2864528 (no licence)
 """
@@ -44,4 +44,12 @@ SK_SOURCE = Source(
         HostedFile('insight_sk_resnet50', 'sk_resnet50', '1DGYWPeKc7dyJ9i-zPJcPPa2engExPOnJ', 77.538),
         HostedFile('insight_sk_resnet101', 'sk_resnet101', '1WB7HXx-cvUIxFRe-M61XZIzUN0a3nsbF', 78.792),
     ),
+)
+
+SGE_SOURCE = Source(
+    name='insight',
+    marks={'sge': r'\.sge\.weight$'},
+    rules=((r'^(layer\d\.\d+)\.sge\.', r'\1.se.'),),
+    home=HOME,
+    files=(HostedFile('insight_sge_resnet50', 'sge_resnet50', '13HPCjrEle6aFbiCo8Afkr2jJssdNwdRn', 77.584),),
 )
