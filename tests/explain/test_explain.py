@@ -3,7 +3,8 @@ import importlib.util
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from timm_attn.explain.draw import (
     class_separation,
     draw_explanation,
     draw_summary,
-    gate_vector,
-    short,
 )
-from timm_attn.explain.gates import attention_maps, stage_sites
+from timm_attn.explain.gates import attention_maps, gate_kinds, gates_only, stage_sites
 from timm_attn.explain.health import GateStats, attention_health
-from timm_attn.layers import Attention, Gate, attn_sites
+from timm_attn.explain.model import label_names
+from timm_attn.explain.panels import gate_vector, short, telling_kind
+from timm_attn.explain.pictures import explain_image
+from timm_attn.layers import Attention, Gate, attn_sites, get_attn
 
 needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec('matplotlib') is None, reason='matplotlib is missing')
 needs_cam = pytest.mark.skipif(importlib.util.find_spec('pytorch_grad_cam') is None, reason='grad-cam is missing')
@@ -60,30 +62,34 @@ def cbam() -> nn.Module:
     return model.eval()
 
 
-def broadcast(kind: str, gate: Tensor) -> Tensor:
+def broadcast(gate: Tensor, axes: str) -> Tensor:
     """A gate as something to multiply (N, C, H, W) by."""
-    if gate.ndim == 4:
-        return gate
-    return {
-        'channel': lambda: gate[:, :, None, None],
-        'spatial': lambda: gate[:, None],
-        'cw': lambda: gate[:, :, None],
-        'hc': lambda: gate.transpose(1, 2)[..., None],
-    }[kind]()
-
-
-def product(gates: dict[str, Tensor], x: Tensor) -> Tensor:
-    for kind, gate in gates.items():
-        if kind != 'covariance':
-            x = x * broadcast(kind, gate)
-    return x
+    gate = gate.movedim([1 + axes.index(a) for a in 'CHW' if a in axes], list(range(1, 1 + len(axes))))
+    for place, axis in enumerate('CHW', 1):
+        gate = gate if axis in axes else gate.unsqueeze(place)
+    return gate
 
 
 # What each attention's equation makes of its input and its gates.
-EQUATIONS: dict[str, Callable[[dict[str, Tensor], Tensor], Tensor]] = {
-    **dict.fromkeys(('se', 'eca', 'srm', 'gsop', 'cbam', 'gam'), product),
-    'bam': lambda g, x: x * (1 + g['gate']),
-    'triplet': lambda g, x: torch.stack([x * broadcast(k, v) for k, v in g.items()]).sum(0) / 3,
+def product(gates: dict[str, Tensor], kinds: Mapping[str, Gate], x: Tensor) -> Tensor:
+    for kind, gate in gates_only(gates, kinds).items():
+        x = x * broadcast(gate, kinds[kind].axes)
+    return x
+
+
+def mean_of_branches(gates: dict[str, Tensor], kinds: Mapping[str, Gate], x: Tensor) -> Tensor:
+    return torch.stack([x * broadcast(v, kinds[k].axes) for k, v in gates.items()]).sum(0) / 3
+
+
+def largest(gates: dict[str, Tensor], kinds: Mapping[str, Gate], x: Tensor) -> Tensor:
+    return torch.stack([x * broadcast(v, kinds[k].axes) for k, v in gates.items()]).amax(0)
+
+
+EQUATIONS: dict[str, Callable[[dict[str, Tensor], Mapping[str, Gate], Tensor], Tensor]] = {
+    'bam': lambda g, k, x: x * (1 + g['gate']),
+    'gc': lambda g, k, x: x + g['context'][..., None, None],
+    'triplet': mean_of_branches,
+    'scse': largest,
 }
 
 
@@ -98,7 +104,7 @@ def test_maps_are_the_gates_that_the_forward_pass_used(name: str) -> None:
         return lambda module, args, out: seen.__setitem__(name, (args[0].clone(), out.clone()))
 
     handles = [m.register_forward_hook(keep(n)) for n, m in attn_sites(model).items()]
-    maps = attention_maps(model, x)
+    maps, kinds = attention_maps(model, x), gate_kinds(model)
     for h in handles:
         h.remove()
 
@@ -106,14 +112,15 @@ def test_maps_are_the_gates_that_the_forward_pass_used(name: str) -> None:
     for site, gates in maps.items():
         inner, out = seen[site]
         assert all(g.dtype == torch.float32 and len(g) == 2 for g in gates.values())
-        if name in EQUATIONS:
-            torch.testing.assert_close(EQUATIONS[name](gates, inner), out, rtol=1e-5, atol=1e-5)
-        elif name == 'sk':
+        matrices = [k for k, gate in kinds[site].items() if gate.axes == 'KCC']
+        for kind in matrices:
+            torch.testing.assert_close(gates[kind].sum(-1), torch.ones(gates[kind].shape[:3]))
+        if name == 'sk':
             assert gates['branch'].shape == (2, 2, out.shape[1])
             torch.testing.assert_close(gates['branch'].sum(1), torch.ones(2, out.shape[1]))
-        elif name == 'csa':
-            assert gates['matrix'].ndim == 4 and gates['matrix'].shape[2] == gates['matrix'].shape[3]
-            torch.testing.assert_close(gates['matrix'].sum(-1), torch.ones(gates['matrix'].shape[:3]))
+        elif name in EQUATIONS or gates_only(gates, kinds[site]):
+            equation = EQUATIONS.get(name, product)
+            torch.testing.assert_close(equation(gates, kinds[site], inner), out, rtol=1e-5, atol=1e-5)
 
 
 def test_the_model_stays_as_it_was(cbam: nn.Module) -> None:
@@ -228,6 +235,7 @@ def test_injected_models_have_maps_too_and_stages_are_found() -> None:
     [
         (torch.zeros(3, 16, 16), r'batch of images \(N, C, H, W\), got \(3, 16, 16\).*x\[None\]'),
         ([1], 'got list'),
+        (torch.zeros(0, 3, 16, 16), r'got \(0, 3, 16, 16\)'),
     ],
 )
 def test_what_is_no_batch_is_refused(cbam: nn.Module, x: Any, message: str) -> None:
@@ -314,39 +322,23 @@ def test_health_of_too_little_is_refused(cbam: nn.Module, batches: list[Tensor],
 
 # Pictures
 
-SHAPES = {
-    'channel': (256,),
-    'spatial': (14, 20),
-    'gate': (8, 14, 20),
-    'branch': (2, 64),
-    'covariance': (32, 32),
-    'matrix': (4, 16, 16),
-    'cw': (64, 20),
-    'hc': (14, 64),
-}
-PICTURES = {
-    'cbam': ('channel', 'spatial'),
-    'bam': ('channel', 'spatial', 'gate'),
-    'sk': ('branch',),
-    'gsop': ('channel', 'covariance'),
-    'csa': ('matrix',),
-    'triplet': ('cw', 'hc', 'spatial'),
-}
+LENGTHS = {'C': 64, 'H': 14, 'W': 20, 'B': 2, 'K': 4, 'D': 32, 'G': 8}
+SHOWN = ['cbam', 'bam', 'sk', 'gsop', 'csa', 'triplet']
+
+
+def made_up_gates(kinds: Mapping[str, Gate], g: torch.Generator) -> dict[str, Tensor]:
+    return {k: torch.rand(1, *(LENGTHS[a] for a in gate.axes), generator=g) for k, gate in kinds.items()}
+
+
+def made_up(kinds: Mapping[str, Gate], sites: int, **fields: Any) -> Explanation:
+    g = torch.Generator().manual_seed(0)
+    names = [f'layer{i // 2 + 1}.{i % 2}.se' for i in range(sites)]
+    maps = {n: made_up_gates(kinds, g) for n in names}
+    fields = {'image': np.zeros((8, 8)), 'top': [('one', 1.0)]} | fields
+    return Explanation(maps=maps, kinds=dict.fromkeys(names, kinds), **fields)
 
 
 CHANNEL = {'channel': Gate('C', 'channel')}
-
-
-def kinds_of(name: str, sites: int) -> dict[str, Any]:
-    return {f'layer{i // 2 + 1}.{i % 2}.se': timm_attn.get_attn(name).cls.kinds for i in range(sites)}
-
-
-def made_up_maps(kinds: tuple[str, ...], sites: int) -> dict[str, dict[str, Tensor]]:
-    g = torch.Generator().manual_seed(0)
-    return {
-        f'layer{i // 2 + 1}.{i % 2}.se': {k: torch.rand(1, *SHAPES[k], generator=g) for k in kinds}
-        for i in range(sites)
-    }
 
 
 def texts(figure: Any) -> list[tuple[str, Any]]:
@@ -392,21 +384,21 @@ def assert_readable(figure: Any) -> None:
 
 @needs_matplotlib
 @pytest.mark.parametrize(
-    ('name', 'shape'), [*itertools.product(sorted(PICTURES), [(224, 320, 3), (320, 224, 3)]), ('cbam', (8, 8))], ids=str
+    ('name', 'shape'), [*itertools.product(SHOWN, [(224, 320, 3), (320, 224, 3)]), ('cbam', (8, 8))], ids=str
 )
 def test_a_picture_is_readable(name: str, shape: tuple[int, ...]) -> None:
     image = np.random.default_rng(0).random(shape)
     top = [('leatherback turtle, leatherback, leathery turtle, Dermochelys coriacea', 0.999), ('a', 0.001)]
     cam = image[..., 0] if len(shape) == 3 else 'x' * 30 + ' is missing: ' + 'pip install ' * 6
-    explanation = Explanation(image, made_up_maps(PICTURES[name], 8), kinds_of(name, 8), top, 'long/name' * 30, cam)
-    assert_readable(draw_explanation(explanation))
+    fields = {'image': image, 'top': top, 'title': 'long/name' * 30, 'cam': cam, 'untrained': name == 'cbam'}
+    assert_readable(draw_explanation(made_up(get_attn(name).cls.kinds, 8, **fields)))
 
 
 @needs_matplotlib
 def test_a_picture_of_constant_gates_and_many_stages_says_so() -> None:
     half = {'channel': torch.full((1, 8), 0.5), 'spatial': torch.full((1, 4, 4), 0.5)}
     maps = {f's{i}.b1.se': half for i in range(9)}
-    kinds = {site: timm_attn.get_attn('cbam').cls.kinds for site in maps}
+    kinds = dict.fromkeys(maps, get_attn('cbam').cls.kinds)
     figure = draw_explanation(Explanation(np.zeros((32, 32)), maps, kinds, [('one', 1.0)]))
     words = ' '.join(t for t, _ in texts(figure))
     assert '5 of 9 attentions shown' in words and 'constant 0.5' in words and 'all 0.5' in words
@@ -429,8 +421,7 @@ def made_up_summary(count: int, classes: int) -> Summary:
 @needs_matplotlib
 def test_a_label_that_looks_like_a_broken_formula_is_drawn_as_it_is() -> None:
     label = '$\\frac{1$ for $5'
-    maps, kinds = made_up_maps(('channel',), 2), kinds_of('se', 2)
-    figure = draw_explanation(Explanation(np.zeros((8, 8)), maps, kinds, [(label, 1.0)], title=label))
+    figure = draw_explanation(made_up(CHANNEL, 2, top=[(label, 1.0)], title=label))
     assert [t.replace(r'\$', '$') for t, _ in texts(figure)].count(label) == 2
 
 
@@ -462,59 +453,75 @@ def test_class_separation_is_the_share_of_variance_between_classes() -> None:
 
 
 @pytest.mark.parametrize(
-    ('axes', 'small', 'large', 'length'),
-    [
-        ('C', (8,), (8,), 8),
-        ('HW', (4, 6), (14, 9), 16),
-        ('CHW', (8, 4, 6), (8, 14, 9), 8),
-        ('BC', (2, 8), (2, 8), 8),
-        ('CW', (8, 5), (8, 9), 8),
-        ('HC', (5, 8), (9, 8), 8),
-        ('DD', (8, 8), (8, 8), 8),
-        ('KCC', (2, 8, 8), (2, 8, 8), 8),
-        ('GHW', (4, 5, 6), (4, 9, 8), 64),
-        ('H', (5,), (9,), 16),
-    ],
+    'axes', ['C', 'CHW', 'HW', 'BC', 'KCC', 'DD', 'CW', 'HC', 'H', 'W', 'GHW', 'B', 'K', 'G', '', 'KHH', 'GC', 'BHW']
 )
-def test_gate_vectors_have_one_length_for_all_image_sizes(
-    axes: str, small: tuple[int, ...], large: tuple[int, ...], length: int
-) -> None:
-    kinds = {'odd': Gate(axes, 'odd')}
-    for shape in (small, large):
-        assert gate_vector({'odd': torch.rand(2, *shape)}, kinds).shape == (2, length)
+def test_gate_vectors_have_one_length_for_all_image_sizes(axes: str) -> None:
+    vectors = [
+        gate_vector(torch.rand(3, *(LENGTHS[a] * (zoom if a in 'HW' else 1) for a in axes)), axes) for zoom in (1, 2)
+    ]
+    assert vectors[0].ndim == 2 and vectors[0].shape == vectors[1].shape and len(vectors[0]) == 3
 
 
-def test_a_gate_vector_is_of_what_multiplies_and_has_channels() -> None:
-    kinds = timm_attn.get_attn('bam').cls.kinds
-    gates = {'channel': torch.rand(2, 8), 'spatial': torch.rand(2, 4, 4), 'gate': torch.rand(2, 8, 4, 4)}
-    assert torch.equal(gate_vector(gates, kinds), gates['gate'].mean((2, 3)))
+def test_a_site_stands_for_by_what_multiplies_and_has_channels() -> None:
+    kinds = get_attn('bam').cls.kinds
+    assert telling_kind(kinds, kinds) == 'gate'
+    gate = torch.rand(2, 8, 4, 5)
+    torch.testing.assert_close(gate_vector(gate, 'CHW'), gate.mean((2, 3)))
+    branches = torch.rand(2, 3, 8)
+    assert torch.equal(gate_vector(branches, 'BC'), branches[:, 2])
 
 
 @needs_matplotlib
 @pytest.mark.parametrize(
-    'axes', ['C', 'HW', 'CHW', 'GHW', 'BC', 'CW', 'HC', 'CH', 'WC', 'DD', 'KCC', 'H', 'W', 'G', 'GC', 'KGD']
+    'axes',
+    ['C', 'HW', 'CHW', 'GHW', 'BC', 'CW', 'HC', 'CH', 'WC', 'DD', 'KCC', 'H', 'W', 'G', 'GC', 'KGD', 'B', '', 'BH'],
 )
-def test_a_kind_of_gate_that_nobody_has_seen_is_drawn(axes: str) -> None:
-    sizes = {'C': 16, 'H': 5, 'W': 7, 'B': 3, 'D': 8, 'K': 2, 'G': 4}
-    maps = {f'layer{i}.0.se': {'odd': torch.rand(1, *(sizes[a] for a in axes))} for i in (1, 2)}
-    kinds = {site: {'odd': Gate(axes, 'something new')} for site in maps}
-    figure = draw_explanation(Explanation(np.zeros((32, 40, 3)), maps, kinds, [('one', 0.9)]))
+@pytest.mark.parametrize('multiplies', [True, False])
+def test_a_kind_of_gate_that_nobody_has_seen_is_drawn(axes: str, multiplies: bool) -> None:
+    figure = draw_explanation(made_up({'odd': Gate(axes, 'something new', multiplies)}, 4))
     assert_readable(figure)
-    assert 'layer1.0.se: something new' in [t for t, _ in texts(figure)]
+    assert 'layer1.1.se: something new' in [t for t, _ in texts(figure)]
+
+
+def clims(figure: Any) -> list[tuple[float, float]]:
+    return [i.get_clim() for axes in figure.axes for i in axes.images if i.cmap.name == 'cividis']
 
 
 @needs_matplotlib
 def test_nearly_equal_gates_look_equal_and_all_panels_of_a_kind_share_a_scale() -> None:
-    maps = {
-        'layer1.0.se': {'spatial': torch.linspace(0.4995, 0.5025, 16).view(1, 4, 4)},
-        'layer2.0.se': {'spatial': torch.linspace(0.1, 0.9, 16).view(1, 4, 4)},
-    }
-    kinds = {site: {'spatial': Gate('HW', 'spatial')} for site in maps}
-    figure = draw_explanation(Explanation(np.zeros((8, 8)), maps, kinds, [('one', 1.0)]))
-    limits = [image.get_clim() for axes in figure.axes for image in axes.images if image.cmap.name == 'cividis']
-    assert limits == [(0.0, 1.0)] * 2
+    near, far = torch.linspace(0.4995, 0.5025, 16).view(1, 4, 4), torch.linspace(0.1, 0.9, 16).view(1, 4, 4)
+
+    def shown(multiplies: bool, *gates: Tensor) -> Explanation:
+        maps = {f'layer{i}.0.se': {'spatial': g} for i, g in enumerate(gates)}
+        kinds = {site: {'spatial': Gate('HW', 'spatial', multiplies)} for site in maps}
+        return Explanation(np.zeros((8, 8)), maps, kinds, [('one', 1.0)])
+
+    figure = draw_explanation(shown(True, near))
+    assert clims(figure) == [(0.0, 1.0)]
     words = [t for t, _ in texts(figure)]
-    assert '4 x 4, 0.4995 to 0.5025' in words and words.count('gate') == 2
+    assert '4 x 4, 0.4995 to 0.5025' in words and words.count('spatial') == 1
+    # What multiplies nothing has no natural scale: a tenth of its size at least.
+    ((low, high),) = clims(draw_explanation(shown(False, near)))
+    assert high - low == pytest.approx(0.05025) and (low + high) / 2 == pytest.approx(0.501)
+    # One scale for all sites, and for all models of a picture.
+    figure = draw_explanation(shown(False, near, far), shown(False, 4 * far))
+    assert clims(figure) == [pytest.approx((0.1, 3.6))] * 3
+
+
+@needs_matplotlib
+def test_gates_that_are_not_finite_are_named_and_the_others_keep_their_scale() -> None:
+    broken = torch.rand(1, 4, 4)
+    broken[0, 0, :3] = torch.nan
+    maps = {'a.0.se': {'spatial': broken}, 'b.0.se': {'spatial': torch.full((1, 4, 4), torch.inf)}}
+    kinds = {site: {'spatial': Gate('HW', 'spatial')} for site in maps}
+    words = [t for t, _ in texts(draw_explanation(Explanation(np.zeros((8, 8)), maps, kinds, [('one', 1.0)])))]
+    assert '4 x 4, not finite: 3 of 16' in words and '4 x 4, not finite: 16 of 16' in words
+
+
+def test_gates_that_are_not_finite_have_a_verdict() -> None:
+    stats = GateStats()
+    stats.update(torch.tensor([[0.5, torch.nan], [0.1, 0.2]]))
+    assert stats.health().verdict == 'not finite'
 
 
 @pytest.mark.parametrize(
@@ -540,12 +547,27 @@ def test_gates_that_a_class_does_not_describe_are_refused(kinds: dict[str, Gate]
     Odd.kinds = kinds
     with pytest.raises(ValueError, match=message):
         attention_maps(model, torch.zeros(2, 3, 32, 32))
+    Odd.gates = Attention.gates  # type: ignore[method-assign]
+    with pytest.raises(NotImplementedError, match='Odd shows no gates: give the class `kinds` and `gates'):
+        attention_maps(model, torch.zeros(2, 3, 32, 32))
 
 
-def test_a_plain_model_is_explained_by_grad_cam_alone(photos: Path, tmp_path: Path) -> None:
-    (tmp_path / 'one.png').write_bytes(next(photos.rglob('*.png')).read_bytes())
-    explain_cli(tmp_path / 'one.png', '--model', 'resnet18', '--untrained', '--out', tmp_path / 'out')
-    assert (tmp_path / 'out/one.png').is_file()
+def test_a_part_that_is_called_module_is_no_wrapping(cbam: nn.Module) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 3, 1)
+            self.module = cbam
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.module(self.stem(x))
+
+    net, x = Net().eval(), torch.randn(2, 3, 16, 24)
+    maps = attention_maps(net, x)
+    expected = attention_maps(cbam, net.stem(x).detach())
+    assert_same({k.removeprefix('module.'): v for k, v in maps.items()}, expected)
+    assert_same(attention_maps(torch.optim.swa_utils.AveragedModel(net), x), maps)
+    assert_same(attention_maps(timm.utils.ModelEmaV3(net), x), maps)
 
 
 def test_shortened_text_keeps_both_ends() -> None:
@@ -619,13 +641,80 @@ def test_explain_writes_pictures_and_a_summary(
     assert set(summary['health']) == set(attn_sites(model)) == set(summary['class_separation'])
     assert summary['health'][next(iter(attn_sites(model)))]['spatial']['inputs'] == 3
     with torch.no_grad():
-        from timm_attn.explain.pictures import image_transform, open_image
+        from timm_attn.explain.images import open_image
+        from timm_attn.explain.model import image_transform
 
         p = model(image_transform(model)(open_image(photos / 'cats/one.png'))).softmax(1).max()
     assert summary['images'][0]['probability'] == pytest.approx(p.item(), abs=1e-4)
 
     with pytest.raises(ValueError, match='is not empty; choose another folder'):
         explain_cli(photos, '--model', saved, '--out', out)
+
+
+@needs_matplotlib
+@needs_cam
+def test_plain_models_stand_beside_others_and_random_weights_are_told(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip('sklearn')
+    models = ('--model', saved, '--model', 'simple_cnn')
+    explain_cli('--data', 'digits', '--limit', 3, '--pictures', 1, *models, '--untrained', '--out', tmp_path / 'out')
+    written = sorted(p.name for p in (tmp_path / 'out').iterdir())
+    own = f'summary-{str(saved).replace("/", "_").strip("_")[-60:]}'
+    assert written == ['digits-0-0000.png', f'{own}.json', f'{own}.png', 'summary-simple_cnn.json']
+    plain = json.loads((tmp_path / 'out/summary-simple_cnn.json').read_text(encoding='utf-8'))
+    assert plain['health'] == {} and plain['notes'] == ['This model has no attention, so there is no gate to count.']
+    assert [row['class'] for row in plain['images']] == ['0', '1', '2'] and plain['untrained'] is True
+    talk = capsys.readouterr()
+    assert len(talk.out.splitlines()) == 6 and 'simple_cnn is untrained: its weights are random' in talk.err
+
+
+@needs_matplotlib
+def test_random_weights_are_called_untrained_in_the_picture() -> None:
+    model = timm.create_model('simple_cnn_se', num_classes=3)
+    image = Image.new('RGB', (40, 30), 'red')
+    e = explain_image(model.eval(), image, title='a model', cam=False)
+    assert e.untrained and 'a model\nuntrained: random weights' in [t for t, _ in texts(draw_explanation(e))]
+    model.train()(torch.randn(4, 3, 32, 32))  # one step moves the running means
+    assert not explain_image(model.eval(), image, cam=False).untrained
+
+
+@pytest.mark.parametrize('more', [('--data', 'digits'), ()])
+def test_images_or_data_are_given_and_not_both(tmp_path: Path, more: tuple[str, ...]) -> None:
+    images = ['a.png'] if more else []
+    with pytest.raises(ValueError, match='Give images, or a data set by --data, and not both'):
+        explain_cli(*images, *more, '--model', 'simple_cnn_se', '--out', tmp_path / 'out')
+
+
+def test_an_image_like_a_thread_and_broken_weights_are_refused() -> None:
+    model = timm.create_model('simple_cnn_se', num_classes=3).eval()
+    with pytest.raises(ValueError, match='5000 x 2 pixels are no picture to look at'):
+        explain_image(model, Image.new('L', (5000, 2)))
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match='SimpleCNN gives no finite output for this image'):
+        explain_image(model, Image.new('L', (50, 20)))
+
+
+def test_label_names_may_be_a_mapping_by_index() -> None:
+    model = timm.create_model('simple_cnn', num_classes=3)
+    model.pretrained_cfg = {'label_names': {'2': 'fox', '1': 'dog', '0': 'cat'}}
+    assert label_names(model) == ['cat', 'dog', 'fox']
+    model.pretrained_cfg = {'label_names': {'cat': 0, 'dog': 1, 'fox': 2}}
+    with pytest.raises(ValueError, match=r"keys \['cat', 'dog', 'fox'\]; expected the indices 0 to 2"):
+        label_names(model)
+
+
+@needs_matplotlib
+def test_names_that_are_no_text_and_pictures_called_summary_are_kept_apart(saved: Path, tmp_path: Path) -> None:
+    photos = tmp_path / 'photos'
+    photos.mkdir()
+    for name in (b'One.png', b'one.jpg', b'summary.png', b'\xff.png', b'a b$.png'):
+        Image.new('RGB', (9, 9)).save(tmp_path / 'x.png')
+        (tmp_path / 'x.png').rename(photos / os.fsdecode(name))
+    explain_cli(photos, '--model', saved, '--no-cam', '--out', tmp_path / 'out')
+    written = sorted(p.name for p in (tmp_path / 'out').iterdir())
+    assert written == ['One.png', '_.png', 'a_b_.png', 'image-summary.png', 'one-2.png', 'summary.json', 'summary.png']
 
 
 @needs_matplotlib
@@ -638,23 +727,25 @@ def test_whole_images_of_different_shapes_are_explained(saved: Path, photos: Pat
 
 @needs_matplotlib
 def test_one_grey_image_and_a_model_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from timm_attn.explain import pictures as lab
+    from timm_attn.explain.grad_cam import grad_cam
+    from timm_attn.explain.images import open_image
+    from timm_attn.explain.model import image_transform, shown_image
 
     Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(tmp_path / 'digit.png')
     monkeypatch.setitem(__import__('sys').modules, 'pytorch_grad_cam', None)
     model = timm.create_model('simple_cnn_se', num_classes=10, in_chans=1)
-    reason = lab.grad_cam(model, torch.zeros(1, 1, 8, 8), 0)
+    reason = grad_cam(model, torch.zeros(1, 1, 8, 8), 0)
     assert isinstance(reason, str) and "pip install 'timm_attn[lab]'" in reason
-    x = lab.image_transform(model)(lab.open_image(tmp_path / 'digit.png'))
-    assert x.shape[1] == 1 and lab.shown_image(model, x).ndim == 2
-    assert lab.label_names(model)[3] == 'class 3'
+    x = image_transform(model)(open_image(tmp_path / 'digit.png'))
+    assert x.shape[1] == 1 and shown_image(model, x).ndim == 2
+    assert label_names(model)[3] == 'class 3'
     explain_cli(tmp_path / 'digit.png', '--model', 'simple_cnn_se', '--untrained', '--out', tmp_path / 'out')
     assert [p.name for p in (tmp_path / 'out').iterdir()] == ['digit.png']
 
 
 @needs_cam
 def test_grad_cam_is_where_the_gradient_says_and_leaves_the_model(cbam: nn.Module) -> None:
-    from timm_attn.explain.pictures import grad_cam
+    from timm_attn.explain.grad_cam import grad_cam
 
     x = torch.randn(1, 3, 32, 48)
     cbam.train()
@@ -675,16 +766,6 @@ def test_grad_cam_is_where_the_gradient_says_and_leaves_the_model(cbam: nn.Modul
     own = (weights * features).sum(1, keepdim=True).relu()
     own = nn.functional.interpolate(own, (32, 48), mode='bilinear')[0, 0].detach().numpy()
     assert np.corrcoef(own.ravel(), found.ravel())[0, 1] > 0.98
-
-
-def test_pictures_stand_upright(tmp_path: Path) -> None:
-    from timm_attn.explain.pictures import open_image
-
-    image = Image.fromarray(np.zeros((4, 8, 3), np.uint8))
-    exif = image.getexif()
-    exif[0x0112] = 6
-    image.save(tmp_path / 'turned.jpg', exif=exif)
-    assert open_image(tmp_path / 'turned.jpg').size == (4, 8)
 
 
 @needs_matplotlib
@@ -712,7 +793,7 @@ def test_bad_input_is_named_and_nothing_is_written(
 
 @needs_matplotlib
 def test_pictures_are_the_same_each_time(tmp_path: Path) -> None:
-    e = Explanation(np.zeros((8, 8)), made_up_maps(('channel',), 2), kinds_of('se', 2), [('one', 1.0)])
+    e = made_up(CHANNEL, 2)
     one, two = io.BytesIO(), io.BytesIO()
     draw_explanation(e).savefig(one)
     draw_explanation(e).savefig(two)
@@ -722,4 +803,4 @@ def test_pictures_are_the_same_each_time(tmp_path: Path) -> None:
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__('sys').modules, 'matplotlib', None)
     with pytest.raises(ImportError, match=r"pip install 'timm_attn\[lab\]'"):
-        draw_explanation(Explanation(np.zeros((8, 8)), made_up_maps(('channel',), 2), kinds_of('se', 2), []))
+        draw_explanation(made_up(CHANNEL, 2))

@@ -11,7 +11,9 @@ from .gates import stage_sites as stage_sites
 from .health import GateHealth as GateHealth
 from .health import GateStats as GateStats
 from .health import attention_health as attention_health
+from .model import is_untrained as is_untrained
+from .model import load_model as load_model
+from .pictures import LabelledImage as LabelledImage
 from .pictures import explain as explain
 from .pictures import explain_image as explain_image
-from .pictures import load_model as load_model
 from .space import write_space as write_space

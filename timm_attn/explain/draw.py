@@ -1,18 +1,19 @@
-"""Pictures of attentions: one per image, and one for a folder of images.
+"""Pictures of attentions: one per image, for one model or several, and one for a folder of images.
 
-Maps are cividis and viridis, bars the blue, orange and green of Okabe and Ito: all keep their order for colour-blind
-eyes and in grey. Figures are made without pyplot, so that nothing global is touched and no display is needed.
+Figures are made without pyplot, so that nothing global is touched and no display is needed. What a panel looks like
+stands in `panels`.
 """
 
 import io
+import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -21,13 +22,31 @@ from ..layers import Gate
 from ..optional import require
 from .gates import Gates, Kinds, stage_sites
 from .health import HIGH, LOW, GateHealth
+from .panels import (
+    BLUE,
+    GREEN,
+    GREY,
+    MAPS,
+    ORANGE,
+    Scale,
+    colour_bar,
+    draw_map,
+    draw_panel,
+    form_of,
+    scale_of,
+    short,
+    shown_values,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
-BLUE, ORANGE, GREEN, GREY = '#0072B2', '#E69F00', '#009E73', '#999999'
 MAX_STAGES = 5
+UNTRAINED = 'untrained: random weights'
+
+# A kind of gate as a row of panels shows it. What has another name, meaning or form is another row.
+_Row = tuple[str, Gate]
 
 
 @dataclass
@@ -41,6 +60,7 @@ class Explanation:
         top: Labels with their probabilities, best first.
         title: Model and image.
         cam: Grad-CAM (H, W) in [0, 1], or why there is none, or None to leave its panel out.
+        untrained: The weights are random, which the picture says.
     """
 
     image: np.ndarray
@@ -49,6 +69,20 @@ class Explanation:
     top: Sequence[tuple[str, float]]
     title: str = ''
     cam: np.ndarray | str | None = None
+    untrained: bool = False
+
+    def rows(self) -> dict[_Row, dict[str, Tensor]]:
+        """Kind of gate -> site -> what its panel shows, of the sites that there is room for."""
+        found: dict[_Row, dict[str, Tensor]] = {}
+        for site in self.shown_sites():
+            for kind, gate in self.kinds[site].items():  # In the order in which the class names them.
+                if kind in self.maps[site]:
+                    found.setdefault((kind, gate), {})[site] = shown_values(self.maps[site][kind][0], gate.axes)
+        return found
+
+    def shown_sites(self) -> list[str]:
+        """The last site of each stage, and of many stages an even choice."""
+        return _evenly(list(stage_sites(self.maps).values()), MAX_STAGES)
 
 
 @dataclass
@@ -61,6 +95,8 @@ class Summary:
         vectors: Site -> (images, values): each image's gates of one site, made short.
         health: Site -> kind -> health, as from `attention_health`.
         notes: What had to be left out, and why.
+        gates: Site -> what its vectors are.
+        untrained: As for `Explanation`.
     """
 
     title: str
@@ -68,6 +104,8 @@ class Summary:
     vectors: Mapping[str, Tensor]
     health: Mapping[str, Mapping[str, GateHealth]]
     notes: list[str] = field(default_factory=list)
+    gates: Mapping[str, Gate] = field(default_factory=dict)
+    untrained: bool = False
 
 
 def save_figure(figure: 'Figure', path: str | Path) -> None:
@@ -92,44 +130,70 @@ def figure_image(figure: 'Figure') -> Image.Image:
     return Image.open(buffer).convert('RGB')
 
 
-def draw_explanation(e: Explanation) -> 'Figure':
+def draw_explanation(*explanations: Explanation) -> 'Figure':
     """One image: what went in, what came out, and a row of panels for each kind of gate, one column a stage.
 
+    Several models stand below each other. Each kind of gate has one scale over the whole picture.
+
     Args:
-        e: What to show.
+        *explanations: What to show, one a model.
 
     Raises:
+        ValueError: There is nothing to show.
         ImportError: matplotlib is missing.
     """
-    stages = _evenly(list(stage_sites(e.maps).values()), MAX_STAGES)
-    # In the order in which the classes name them.
-    rows = list(dict.fromkeys(kind for site in stages for kind in e.kinds[site] if kind in e.maps[site]))
-    columns = max(4, len(stages))
+    if not explanations:
+        raise ValueError('draw_explanation needs at least one explanation.')
+    rows = [e.rows() for e in explanations]
+    values: dict[tuple[str, Gate], list[Tensor]] = {}
+    for (kind, gate), sites in (item for r in rows for item in r.items()):
+        values.setdefault((kind, gate), []).extend(sites.values())
+    scales = {row: scale_of(shown, row[1]) for row, shown in values.items()}
+    columns = max(4, *(len(e.shown_sites()) for e in explanations))
+    heights = [_row_heights(e, list(r)) for e, r in zip(explanations, rows, strict=True)]
+    totals = [sum(h) + 0.5 * len(h) + 0.5 for h in heights]
+    figure = _figure(3.4 * columns, sum(totals))
+    parts: Sequence[Figure | SubFigure] = [figure]
+    if len(explanations) > 1:
+        parts = list(figure.subfigures(len(explanations), 1, height_ratios=totals, squeeze=False)[:, 0])
+    for part, e, r, h in zip(parts, explanations, rows, heights, strict=True):
+        _draw_model(part, e, r, scales, h, columns)
+    return figure
+
+
+def _row_heights(e: Explanation, rows: Sequence[_Row]) -> list[float]:
     # Rows are as tall as the image asks, within what a page can bear.
-    aspect = min(max(e.image.shape[0] / e.image.shape[1], 0.5), 1.6)
-    over = [any(_is_map(e.kinds[site][kind]) for site in stages if kind in e.kinds[site]) for kind in rows]
-    heights = [3.0 * aspect] + [3.0 * aspect if is_map else 2.4 for is_map in over]
-    figure = _figure(3.4 * columns, sum(heights) + 0.5 * len(heights) + 0.5)
-    figure.suptitle(short(e.title, 30 * columns), fontsize=13)
-    grid = figure.add_gridspec(1 + len(rows), columns, height_ratios=heights)
-    _show(figure.add_subplot(grid[0, 0]), e.image, 'input')
+    tall = 3.0 * min(max(e.image.shape[0] / e.image.shape[1], 0.5), 1.6)
+    return [tall, *(tall if form_of(gate.axes) == 'map' else 2.4 for _, gate in rows)]
+
+
+def _draw_model(
+    part: 'Figure | SubFigure',
+    e: Explanation,
+    rows: Mapping[_Row, Mapping[str, Tensor]],
+    scales: Mapping[_Row, Scale],
+    heights: Sequence[float],
+    columns: int,
+) -> None:
+    title = short(e.title, 26 * columns)
+    part.suptitle(f'{title}\n{UNTRAINED}' if e.untrained else title, fontsize=13)
+    grid = part.add_gridspec(len(heights), columns, height_ratios=heights)
+    _show(part.add_subplot(grid[0, 0]), e.image, 'input')
     first = 1
     if e.cam is not None:
-        _draw_cam(figure.add_subplot(grid[0, 1]), e.image, e.cam)
+        _draw_cam(part.add_subplot(grid[0, 1]), e.image, e.cam)
         first = 2
-    _draw_top(figure.add_subplot(grid[0, first:]), e.top)
-    for row, kind in enumerate(rows, 1):
-        shown = {site: e.maps[site][kind][0].detach().cpu() for site in stages if kind in e.maps[site]}
-        scale = _scale([_flat(gate, e.kinds[site][kind]) for site, gate in shown.items()], e.kinds, kind)
-        for column, site in enumerate(stages):
-            if site in shown:
-                axes = figure.add_subplot(grid[row, column])
-                gate = e.kinds[site][kind]
-                _panel(axes, shown[site], gate, e.image, scale)
-                axes.set_title(f'{short(site, 26)}: {gate.title}', fontsize=9)
-    if len(e.maps) > len(stages):
-        figure.supxlabel(f'{len(stages)} of {len(e.maps)} attentions shown: the last of each stage', fontsize=9)
-    return figure
+    _draw_top(part.add_subplot(grid[0, first:]), e.top)
+    stages = e.shown_sites()
+    for line, (row, sites) in enumerate(rows.items(), 1):
+        for site, values in sites.items():
+            axes = part.add_subplot(grid[line, stages.index(site)])
+            draw_panel(axes, values, row[1], scales[row], e.image)
+            axes.set_title(f'{short(site, 26)}: {short(row[1].title, 24)}', fontsize=9)
+    if not e.maps:
+        part.supxlabel('this model has no attention', fontsize=9)
+    elif len(e.maps) > len(stages):
+        part.supxlabel(f'{len(stages)} of {len(e.maps)} attentions shown: the last of each stage', fontsize=9)
 
 
 def draw_summary(s: Summary) -> 'Figure':
@@ -146,46 +210,27 @@ def draw_summary(s: Summary) -> 'Figure':
     stages = _evenly(list(stage_sites(s.vectors).values()), 4)
     heights = [1.6 + 0.24 * len(bars), 1.6 + 0.24 * max(len(classes), 3)]
     figure = _figure(14, sum(heights) + 0.8 + 0.3 * len(s.notes))
-    figure.suptitle(short(s.title, 110), fontsize=13)
+    figure.suptitle(short(s.title, 110) + (f'\n{UNTRAINED}' if s.untrained else ''), fontsize=13)
     grid = figure.add_gridspec(2, 1, height_ratios=heights)
     top = grid[0].subgridspec(1, 2, width_ratios=(3, 2))
     _draw_health(figure.add_subplot(top[0]), bars)
     _draw_separation(figure.add_subplot(top[1]), s)
     bottom = grid[1].subgridspec(1, max(len(stages), 1))
+    means = {
+        site: torch.stack([s.vectors[site][torch.tensor([c == k for k in s.classes])].mean(0) for c in classes])
+        for site in stages
+    }
+    gates = {site: s.gates.get(site, Gate('C', 'gate')) for site in stages}
     for column, site in enumerate(stages):
-        _draw_classes(figure.add_subplot(bottom[column]), s, site, classes, named=column == 0)
+        axes = figure.add_subplot(bottom[column])
+        scale = scale_of(
+            [means[other] for other in stages if gates[other] == gates[site]], Gate('C', '', gates[site].multiplies)
+        )
+        _draw_classes(axes, means[site], f'{short(site, 26)}: mean {short(gates[site].title, 20)} of a class', scale)
+        axes.set_yticks(range(len(classes)), [short(c, 22) for c in classes] if column == 0 else [], fontsize=8)
     if s.notes:
         figure.supxlabel('\n'.join(short(n, 150) for n in s.notes), fontsize=9)
     return figure
-
-
-def gate_vector(gates: Gates, kinds: Kinds) -> Tensor:
-    """Each image's gates as one short vector (N, D), the same length for every image size.
-
-    Args:
-        gates: One site's gates, batched.
-        kinds: What they are.
-
-    Raises:
-        ValueError: There is no gate.
-    """
-    if not gates:
-        raise ValueError('A site without gates has no vector.')
-    # What features are multiplied by says most, then what has a value for each channel.
-    kind = max(gates, key=lambda k: (kinds[k].multiplies, 'C' in kinds[k].axes, list(kinds).index(k)))
-    gate, axes = gates[kind].float(), kinds[kind].axes
-    if axes[-2:] in ('DD', 'PP'):
-        gate, axes = gate.diagonal(dim1=-2, dim2=-1), axes[:-1]
-    if axes.count('C') == 2:  # (..., from, to): how much each channel is looked at.
-        gate, axes = gate.mean(-2), axes[:-1]
-    if 'B' in axes and 'C' in axes:  # Branches of a channel sum to 1: the last says it.
-        gate, axes = gate.select(1 + axes.index('B'), -1), axes.replace('B', '')
-    if kept := next((axis for axis in 'CD' if axis in axes), ''):
-        others = [1 + i for i, axis in enumerate(axes) if axis != kept]
-        return gate.mean(others) if others else gate
-    if axes[-2:] == 'HW':
-        return F.adaptive_avg_pool2d(gate.flatten(1, -3) if gate.ndim > 3 else gate[:, None], 4).flatten(1)
-    return F.adaptive_avg_pool1d(gate.flatten(1)[:, None], 16).flatten(1)
 
 
 def class_separation(vectors: Tensor, classes: Sequence[str]) -> float:
@@ -205,157 +250,15 @@ def class_separation(vectors: Tensor, classes: Sequence[str]) -> float:
     return float(between / total)
 
 
-def short(text: str, width: int) -> str:
-    """Text from elsewhere made fit for a picture: one line of at most `width` characters, none of them markup.
-
-    Args:
-        text: A label, a file name, a title.
-        width: Most characters; of longer text the start and the end stay, around an ellipsis.
-    """
-    text = ' '.join(''.join(c if c.isprintable() else ' ' for c in text).split())
-    if len(text) > width:
-        tail = (width - 1) // 3
-        text = f'{text[: width - 1 - tail]}…{text[len(text) - tail :]}'
-    # Between two dollars matplotlib would set a formula, and fail on what is none.
-    return text.replace('$', r'\$')
-
-
-# Panels: each draws one gate of one image, without its batch dimension. Which one draws a gate follows from its axes.
-
-
-def _is_map(kind: Gate) -> bool:
-    return 'H' in kind.axes and 'W' in kind.axes
-
-
-def _flat(gate: Tensor, kind: Gate) -> Tensor:
-    """What a panel shows of a gate: maps (H, W) and matrices as means over all that stands before."""
-    keep = 1 if kind.axes == 'C' or gate.ndim == 1 else 2
-    return gate if 'B' in kind.axes or gate.ndim <= keep else gate.flatten(0, -keep - 1).mean(0)
-
-
-def _scale(gates: Sequence[Tensor], kinds: Mapping[str, Kinds], kind: str) -> tuple[float, float]:
-    """One scale for all panels of a kind: gates from 0, so that nearly equal ones look so; all else its own range."""
-    low, high = min(float(g.min()) for g in gates), max(float(g.max()) for g in gates)
-    if all(k[kind].multiplies for k in kinds.values() if kind in k):
-        return min(low, 0.0), max(high, 1.0)
-    return low, max(high, low + 0.01 * max(abs(low), abs(high), 1e-12))
-
-
-def _panel(axes: 'Axes', gate: Tensor, kind: Gate, image: np.ndarray, scale: tuple[float, float]) -> None:
-    named = kind.axes
-    shown = _flat(gate, kind)
-    if 'B' in named and shown.ndim == 2:
-        _branches(axes, shown, kind.entries)
-    elif _is_map(kind):
-        _over(axes, shown, image, scale, 'gate' if kind.multiplies else 'value')
-    elif shown.ndim == 1:
-        _bars(axes, shown) if named == 'C' else _line(axes, shown, _AXES.get(named, 'position'), scale)
-    elif shown.ndim == 2:
-        lines_first = 'C' in named and named[-1] == 'C' and named[-2] != 'C'
-        shown, named = (shown.T, named[-2:][::-1]) if lines_first else (shown, named[-2:])
-        _matrix(axes, shown, _AXES.get(named[-1], ''), scale if kind.multiplies else None)
-    else:
-        _matrix(axes, shown.flatten(0, -2), '', None)
-
-
-def _over(axes: 'Axes', gate: Tensor, image: np.ndarray, scale: tuple[float, float], quantity: str) -> None:
-    """A map (H, W) over the image in grey."""
-    height, width = image.shape[:2]
-    grey = image if image.ndim == 2 else image.mean(-1)
-    axes.imshow(grey, cmap='gray', vmin=0, vmax=1, extent=(0, width, height, 0))
-    low, high = float(gate.min()), float(gate.max())
-    shown = axes.imshow(
-        gate.numpy(),
-        cmap='cividis',
-        alpha=0.65,
-        extent=(0, width, height, 0),
-        interpolation='bilinear' if min(gate.shape) > 1 else 'nearest',
-        vmin=scale[0],
-        vmax=scale[1],
-    )
-    axes.set_xticks([])
-    axes.set_yticks([])
-    flat = 'constant ' if high - low < 1e-4 else ''
-    axes.set_xlabel(f'{_size(gate)}, {flat}{_range(low, high)}', fontsize=8)
-    _bar(axes, shown, quantity)
-
-
-def _bars(axes: 'Axes', gate: Tensor) -> None:
-    """Weights (C), sorted."""
-    order = gate.argsort(descending=True)
-    ranked = gate[order].numpy()
-    axes.fill_between(np.arange(len(ranked) + 1), np.append(ranked, ranked[-1]), step='post', color=BLUE, lw=0)
-    axes.set_xlim(0, len(ranked))
-    if ranked[-1] >= 0 and ranked[0] <= 1:
-        axes.set_ylim(0, 1.02)
-        for level in (LOW, HIGH):
-            axes.axhline(level, color=GREY, lw=0.8, ls='--')
-        counts = f'; {int((gate < LOW).sum())} < {LOW}, {int((gate > HIGH).sum())} > {HIGH}'
-    else:
-        axes.axhline(0, color=GREY, lw=0.8)
-        counts = ''
-    strongest = ', '.join(str(int(c)) for c in order[:5])
-    flat = ranked[0] - ranked[-1] < 1e-4
-    axes.set_xlabel(
-        f'{len(ranked)} channels, sorted{counts}\n' + (f'all {ranked[0]:.3g}' if flat else f'strongest: {strongest}'),
-        fontsize=8,
-    )
-    axes.tick_params(labelsize=8)
-
-
-def _line(axes: 'Axes', gate: Tensor, along: str, scale: tuple[float, float]) -> None:
-    """Values along a row, a column or whatever else has an order."""
-    axes.plot(np.arange(len(gate)), gate.numpy(), color=BLUE, marker='o', markersize=3, lw=1.2)
-    axes.set_ylim(scale[0] - 0.02, scale[1] + 0.02)
-    axes.set_xlabel(f'{along}; {_range(float(gate.min()), float(gate.max()))}', fontsize=8)
-    axes.tick_params(labelsize=8)
-
-
-def _branches(axes: 'Axes', gate: Tensor, entries: Sequence[str]) -> None:
-    """Shares of branches (B, C) that sum to 1, channels sorted by the last."""
-    order = gate[-1].argsort(descending=True)
-    ranked = gate[:, order].numpy()
-    names = list(entries) or [f'branch {i}' for i in range(len(gate))]
-    x = np.arange(ranked.shape[1] + 1)
-    below = np.zeros(len(x))
-    for share, name, colour in zip(ranked[::-1], names[::-1], (ORANGE, BLUE, GREEN, GREY), strict=False):
-        above = below + np.append(share, share[-1])
-        axes.fill_between(x, below, above, step='post', color=colour, lw=0, label=name)
-        below = above
-    axes.set_xlim(0, ranked.shape[1])
-    axes.set_ylim(0, 1)
-    axes.axhline(0.5, color='white', lw=0.8, ls='--')
-    axes.legend(fontsize=7, loc='upper right', framealpha=0.9)
-    axes.set_xlabel(
-        f'{ranked.shape[1]} channels, sorted; mean {float(gate[-1].mean()):.2f} {names[-1]}\n'
-        f'most {names[-1]}: {", ".join(str(int(c)) for c in order[:5])}',
-        fontsize=8,
-    )
-    axes.tick_params(labelsize=8)
-
-
-def _matrix(axes: 'Axes', gate: Tensor, along: str, scale: tuple[float, float] | None) -> None:
-    """A matrix; without a scale its colours leave out the hundredth part at either end, such as a strong diagonal."""
-    low, high = (float(v) for v in np.quantile(gate.numpy(), (0.01, 0.99))) if scale is None else scale
-    shown = axes.imshow(
-        gate.numpy(), cmap='viridis', interpolation='nearest', vmin=low, vmax=max(high, low + 1e-12), aspect='auto'
-    )
-    what = f'{along} of the map; {_range(float(gate.min()), float(gate.max()))}' if along else f'{_size(gate)}'
-    axes.set_xlabel(what if scale else f'{_size(gate)}, colours {_range(low, high)}', fontsize=8)
-    axes.tick_params(labelsize=8)
-    _bar(axes, shown, 'gate' if scale else 'value')
-
-
-_AXES = {'H': 'row', 'W': 'column'}
-
-
 def _draw_cam(axes: 'Axes', image: np.ndarray, cam: np.ndarray | str) -> None:
     if isinstance(cam, str):
         axes.axis('off')
         axes.set_title('Grad-CAM: not drawn', fontsize=9)
-        axes.text(0.5, 0.5, _wrap(cam, 34), ha='center', va='center', fontsize=9, transform=axes.transAxes)
+        axes.text(
+            0.5, 0.5, '\n'.join(textwrap.wrap(cam, 34)), ha='center', va='center', fontsize=9, transform=axes.transAxes
+        )
         return
-    _over(axes, torch.from_numpy(np.ascontiguousarray(cam)), image, (0.0, 1.0), 'evidence')
+    draw_map(axes, torch.from_numpy(np.ascontiguousarray(cam)), 'Grad-CAM', (0.0, 1.0), image)
     axes.set_title('Grad-CAM of the first label', fontsize=9)
 
 
@@ -372,7 +275,7 @@ def _draw_top(axes: 'Axes', top: Sequence[tuple[str, float]]) -> None:
 
 
 def _draw_health(axes: 'Axes', bars: Sequence[tuple[str, GateHealth]]) -> None:
-    axes.set_title(f'gate values: orange below {LOW}, green above {HIGH}, blue between', fontsize=10)
+    axes.set_title(f'gate values: orange /// below {LOW}, blue between, green ... above {HIGH}', fontsize=10)
     if not bars:
         axes.text(0.5, 0.5, 'no statistics: see the note below', ha='center', va='center', transform=axes.transAxes)
     for row, (_, h) in enumerate(bars):
@@ -382,10 +285,10 @@ def _draw_health(axes: 'Axes', bars: Sequence[tuple[str, GateHealth]]) -> None:
             axes.text(1.01, row, f'no gate; {word}', va='center', fontsize=8)
             continue
         left = 0.0
-        for share, colour in ((h.low, ORANGE), (1 - h.low - h.high, BLUE), (h.high, GREEN)):
-            axes.barh(row, share, left=left, color=colour, height=0.8)
+        for share, colour, hatch in ((h.low, ORANGE, '//'), (1 - h.low - h.high, BLUE, ''), (h.high, GREEN, '..')):
+            axes.barh(row, share, left=left, color=colour, hatch=hatch, edgecolor='white', linewidth=0, height=0.8)
             left += share
-        flags = [h.verdict] if h.verdict in ('constant', 'identity') else []
+        flags = [h.verdict] if h.verdict in ('constant', 'identity', 'not finite') else []
         counts = [f'{_count(n)} {word}' for n, word in ((h.dead, 'dead'), (h.saturated, 'saturated')) if n]
         flags += [f'{", ".join(counts)} of {_count(h.gates)}'] if counts else []
         axes.text(1.01, row, '; '.join(flags) or 'alive', va='center', fontsize=8)
@@ -410,16 +313,16 @@ def _draw_separation(axes: 'Axes', s: Summary) -> None:
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ['0', '.25', '.5', '.75', '1'], fontsize=8)
 
 
-def _draw_classes(axes: 'Axes', s: Summary, site: str, classes: Sequence[str], *, named: bool) -> None:
-    vectors = s.vectors[site]
-    means = torch.stack([vectors[torch.tensor([c == k for k in s.classes])].mean(0) for c in classes])
+def _draw_classes(axes: 'Axes', means: Tensor, title: str, scale: Scale) -> None:
+    """Mean gates (classes, values) of the values that differ most between classes."""
     chosen = means.var(0, unbiased=False).argsort(descending=True)[:16].sort().values
-    shown = axes.imshow(means[:, chosen].numpy(), cmap='viridis', aspect='auto', interpolation='nearest')
-    axes.set_title(f'{short(site, 26)}: mean gate of a class', fontsize=9)
-    axes.set_yticks(range(len(classes)), [short(c, 22) for c in classes] if named else [], fontsize=8)
+    shown = axes.imshow(
+        means[:, chosen].numpy(), cmap=MAPS, aspect='auto', interpolation='nearest', vmin=scale[0], vmax=scale[1]
+    )
+    axes.set_title(title, fontsize=9)
     axes.set_xticks(range(len(chosen)), [str(int(c)) for c in chosen], rotation=90, fontsize=7)
     axes.set_xlabel('values that differ most between classes', fontsize=8)
-    _bar(axes, shown, 'mean gate')
+    colour_bar(axes, shown, 'mean gate')
 
 
 def _figure(width: float, height: float) -> 'Figure':
@@ -437,35 +340,8 @@ def _show(axes: 'Axes', image: np.ndarray, title: str) -> None:
     axes.set_xlabel(f'{image.shape[0]} x {image.shape[1]}', fontsize=8)
 
 
-def _bar(axes: 'Axes', shown: Any, quantity: str) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    figure = axes.get_figure()
-    assert figure is not None
-    # As tall as the image, whatever its shape; a bar beside the axes would be as tall as the row.
-    bar = figure.colorbar(shown, cax=axes.inset_axes((1.02, 0, 0.05, 1)))
-    bar.ax.tick_params(labelsize=7)
-    bar.ax.yaxis.set_major_locator(MaxNLocator(4))
-    bar.ax.ticklabel_format(useOffset=False)
-    bar.set_label(quantity, fontsize=7)
-
-
-def _size(gate: Tensor) -> str:
-    return ' x '.join(map(str, gate.shape))
-
-
 def _count(n: int) -> str:
     return str(n) if n < 10_000 else f'{n / 1000:.0f}k'
-
-
-def _range(low: float, high: float) -> str:
-    return f'{low:.4g}' if f'{low:.4g}' == f'{high:.4g}' else f'{low:.4g} to {high:.4g}'
-
-
-def _wrap(text: str, width: int) -> str:
-    import textwrap
-
-    return '\n'.join(textwrap.wrap(text, width))
 
 
 def _evenly(names: list[str], most: int) -> list[str]:
@@ -475,6 +351,4 @@ def _evenly(names: list[str], most: int) -> list[str]:
 
 
 def _most_common(classes: Sequence[str], most: int) -> list[str]:
-    from collections import Counter
-
     return sorted(c for c, _ in Counter(classes).most_common(most))

@@ -5,13 +5,17 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from timm.utils import unwrap_model
+from timm.utils import ModelEma, ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from ..layers import Attention, Gate, attn_sites
 
 Gates = dict[str, Tensor]
 Kinds = Mapping[str, Gate]
+
+_WRAPPERS = (nn.DataParallel, DistributedDataParallel, ModelEmaV2, ModelEmaV3, AveragedModel)
 
 
 def attention_maps(model: nn.Module, x: Tensor) -> dict[str, Gates]:
@@ -27,11 +31,13 @@ def attention_maps(model: nn.Module, x: Tensor) -> dict[str, Gates]:
 
     Returns:
         Site name -> kind -> tensor, in the order of the forward pass; float32 where the gate was half precision.
-        'channel' is (N, C) and 'spatial' (N, H, W) in most; the class's `kinds` say what there is, with its axes. An
-        injected attention's `gain` is not part of its gates.
+        'channel' is (N, C) and 'spatial' (N, H, W) in most; `gate_kinds` says what there is, with its axes. An injected
+        attention's `gain` is not part of its gates.
 
     Raises:
-        ValueError: The input is not a batch of images, the model has no attention, or one was never called.
+        ValueError: The input is not a batch of images, the model has no attention, one was never called, or gave gates
+            that its class does not describe.
+        NotImplementedError: An attention from elsewhere has no `gates`.
     """
     maps: dict[str, Gates] = {}
     watch(model, x, maps.__setitem__)
@@ -54,10 +60,10 @@ def watch(model: nn.Module, x: Tensor, see: Callable[[str, Gates], Any]) -> Tens
     Raises:
         ValueError: As `attention_maps`.
     """
-    if not isinstance(x, Tensor) or x.ndim != 4:
+    if not isinstance(x, Tensor) or x.ndim != 4 or not len(x):
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f'Expected a batch of images (N, C, H, W), got {got}: stack images, or add x[None] to one.')
-    net = unwrap_model(model)
+    net = unwrapped(model)
     sites = attn_sites(net)
     if not sites:
         raise ValueError(
@@ -87,6 +93,23 @@ def watch(model: nn.Module, x: Tensor, see: Callable[[str, Gates], Any]) -> Tens
     return out
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile, DDP, DataParallel, and the moving averages of timm and torch.
+
+    Args:
+        model: A model, wrapped or not. A part of its own that is called `module` is no wrapping.
+    """
+    while True:
+        if isinstance(model, ModelEma):
+            model = model.ema
+        elif isinstance(model, _WRAPPERS):
+            model = model.module  # type: ignore[assignment]
+        elif isinstance(inner := getattr(model, '_orig_mod', None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
 def stage_sites(names: Iterable[str]) -> dict[str, str]:
     """Stage -> its last site, for pictures that have no room for all.
 
@@ -108,7 +131,7 @@ def gate_kinds(model: nn.Module) -> dict[str, Kinds]:
     Returns:
         Site name -> kind of gate -> its axes and title.
     """
-    return {name: module.kinds for name, module in attn_sites(unwrap_model(model)).items()}
+    return {name: module.kinds for name, module in attn_sites(unwrapped(model)).items()}
 
 
 def gates_only(gates: Gates, kinds: Kinds) -> Gates:

@@ -1,16 +1,16 @@
 """Whether attentions do anything over many inputs: dead, saturated, constant or alive gates."""
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from ..layers import attn_sites
-from .gates import Gates, gate_kinds, gates_only, watch
+from .gates import Gates, gate_kinds, gates_only, unwrapped, watch
 
 LOW, HIGH = 0.05, 0.95
 
@@ -20,7 +20,7 @@ class GateHealth:
     """How the gates of one kind at one site behaved over many inputs.
 
     Attributes:
-        low: Share of all gate values below 0.05; None for an attention matrix, which gates nothing.
+        low: Share of all gate values below 0.05; None for what multiplies nothing, such as an attention matrix.
         high: Share above 0.95; None likewise.
         variance: Variance of a gate over the inputs, mean over the site's gates. At 0 the attention is a constant.
         dead: Number of gates below 0.05 for every input.
@@ -43,11 +43,14 @@ class GateHealth:
     def verdict(self) -> str:
         """What to think of it, in one word.
 
-        'identity' (features pass unchanged), 'constant' (the same gates for every input, which a fixed scale would do
-        as well), 'dead' or 'saturated' (more than half of the gates are, for every input), or 'alive'.
+        'identity' (features pass unchanged), 'not finite' (a gate was NaN or infinite), 'constant' (the same gates for
+        every input, which a fixed scale would do as well), 'dead' or 'saturated' (more than half of the gates are, for
+        every input), or 'alive'.
         """
         if self.identity:
             return 'identity'
+        if not math.isfinite(self.variance):
+            return 'not finite'
         if self.variance < 1e-8:
             return 'constant'
         if self.dead > self.gates / 2:
@@ -128,8 +131,8 @@ def attention_health(model: nn.Module, loader: Iterable[Any]) -> dict[str, dict[
         loader: Batches (N, C, H, W), or tuples that start with one; moved to the model's device.
 
     Returns:
-        Site name -> kind of gate -> its health. CSA gates nothing; its attention 'matrix' stands in, for which only
-        `variance` and `identity` say something.
+        Site name -> kind of gate -> its health. Where nothing is multiplied by a gate, as in channel self-attention,
+        what there is to look at stands in, for which only `variance` and `identity` say something.
 
     Raises:
         ValueError: Fewer than two inputs, images of different sizes, or as `attention_maps`.
@@ -149,9 +152,9 @@ def attention_health(model: nn.Module, loader: Iterable[Any]) -> dict[str, dict[
 
         return look
 
-    net = unwrap_model(model)
+    net = unwrapped(model)
     kinds = gate_kinds(net)
-    device = next(net.parameters()).device
+    device = next((p.device for p in net.parameters()), None)
     with ExitStack() as stack:
         for name, module in attn_sites(net).items():
             stack.callback(module.register_forward_hook(compare(name)).remove)

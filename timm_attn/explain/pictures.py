@@ -1,211 +1,43 @@
-"""`timm-attn explain`: pictures of where a model looks, and of what its attentions do over a folder."""
+"""`timm-attn explain`: pictures of where models look, and of what their attentions do over a folder."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
-import timm
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
-from timm.data.readers.img_extensions import get_img_extensions
+from PIL import Image
 from torch import Tensor, nn
 
 from ..files import atomic_dir, atomic_write
-from ..hub.folder import read_folder
-from ..hub.load import load_from_hub
-from ..layers import attn_sites
+from ..layers import Gate
 from ..optional import require
-from .draw import Explanation, Summary, class_separation, draw_explanation, draw_summary, gate_vector, save_figure
-from .gates import Gates, Kinds, attention_maps, gate_kinds, gates_only
+from .draw import Explanation, Summary, class_separation, draw_explanation, draw_summary, save_figure
+from .gates import Kinds, gate_kinds, gates_only, unwrapped, watch
+from .grad_cam import grad_cam
 from .health import GateHealth, GateStats
+from .images import class_of, endings, find_images, open_image, skipped_line
+from .model import image_transform, is_untrained, label_names, load_model, shown_image
+from .panels import gate_vector, telling_kind
 
-MAX_PIXELS = 80_000_000
 
+@dataclass(frozen=True)
+class LabelledImage:
+    """An image that is no file, such as one of a named data set.
 
-def load_model(source: str, *, pretrained: bool = True) -> nn.Module:
-    """A model by whatever name the user has for it, in eval mode on the CPU.
-
-    Args:
-        source: A folder with config.json, a Hub repository ('me/cbam' or 'hf-hub:me/cbam'), or a registered model.
-        pretrained: Load weights; a folder or repository always does.
-
-    Raises:
-        ValueError: It is none of the three, or a folder whose files are damaged or do not fit each other.
+    Attributes:
+        name: What its picture is called, without ending.
+        image: The image.
+        label: Its class, if known.
     """
-    path = Path(source.removeprefix('local-dir:'))
-    if path.is_dir():
-        read_folder(path)
-        return timm.create_model(f'local-dir:{path}', pretrained=True).eval()
-    if source.startswith('hf-hub:') or source.count('/') == 1:
-        return load_from_hub(source.removeprefix('hf-hub:')).eval()
-    if not timm.is_model(source):
-        raise ValueError(
-            f"'{source}' is no folder, no Hub repository (owner/name) and no registered model: see timm-attn list."
-        )
-    return timm.create_model(source, pretrained=pretrained).eval()
 
-
-def image_transform(model: nn.Module, *, crop: bool = True) -> Callable[[Image.Image], Tensor]:
-    """The evaluation transform of a model, from an image to a batch of one.
-
-    Args:
-        model: A timm model; its pretrained_cfg says size, crop and normalisation.
-        crop: Cut out the centre as for evaluation; otherwise the whole image, its short side at the model's size.
-
-    Raises:
-        ValueError: The model takes neither grey nor colour images.
-    """
-    config = resolve_model_data_config(model)
-    mean, std, channels = _statistics(model)
-    config.update(mean=mean, std=std)
-    steps: list[Any] = cast(Any, create_transform(**config, is_training=False)).transforms
-    if not crop:
-        # Left whole: of timm's crop modes, 'center' would cut and 'squash' distort. The last two steps make a tensor
-        # and normalise it.
-        steps = [_Short(min(config['input_size'][-2:])), *steps[-2:]]
-
-    def transform(image: Image.Image) -> Tensor:
-        x: Any = image.convert('L' if channels == 1 else 'RGB')
-        for step in steps:
-            x = step(x)
-        return x[None]  # (1, C, H, W)
-
-    return transform
-
-
-class _Short:
-    """Resizes the short side, keeping the shape; sides are multiples of 32, the stride of a ResNet."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        scale = self.size / min(image.size)
-        step = 32 if self.size >= 64 else 1
-        width, height = (max(step, round(side * scale / step) * step) for side in image.size)
-        return image.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def shown_image(model: nn.Module, x: Tensor) -> np.ndarray:
-    """What a model saw, as an image: undoes the normalisation.
-
-    Args:
-        model: The model whose transform made x.
-        x: (1, C, H, W).
-
-    Returns:
-        (H, W, 3), or (H, W) for grey images, in [0, 1].
-    """
-    mean, std, _ = _statistics(model)
-    image = x[0].cpu() * torch.tensor(std)[:, None, None] + torch.tensor(mean)[:, None, None]
-    array = image.clamp(0, 1).permute(1, 2, 0).numpy()
-    return array[..., 0] if array.shape[2] == 1 else array
-
-
-def label_names(model: nn.Module) -> list[str]:
-    """Names of a model's classes: its own, ImageNet's for 1000 classes, else 'class 0' and so on."""
-    count = getattr(model, 'num_classes', 0)
-    names = list((getattr(model, 'pretrained_cfg', None) or {}).get('label_names') or [])
-    if len(names) == count:
-        return [str(n) for n in names]
-    if count == 1000:
-        info = ImageNetInfo()
-        return [info.index_to_description(i) for i in range(count)]
-    return [f'class {i}' for i in range(count)]
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """Reads an image, upright.
-
-    Raises:
-        ValueError: It is no readable image, or one of more than 80 million pixels; the message holds the path.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"'{path}' has {image.width} x {image.height} pixels: shrink it first.")
-            return ImageOps.exif_transpose(image).convert('RGB')
-    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as e:
-        raise ValueError(f"'{path}' is no readable image ({e}).") from e
-
-
-def grad_cam(model: nn.Module, x: Tensor, label: int) -> np.ndarray | str:
-    """Grad-CAM of the package grad-cam on the last stage, leaving the model as it was.
-
-    Args:
-        model: A timm model with `feature_info`, in eval mode.
-        x: (1, C, H, W).
-        label: Class to explain.
-
-    Returns:
-        (H, W) in [0, 1], or in words why there is none.
-    """
-    try:
-        require('pytorch_grad_cam', 'lab', pip_name='grad-cam')
-    except ImportError as e:
-        return str(e)
-    from pytorch_grad_cam import GradCAM
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-
-    info = getattr(model, 'feature_info', None)
-    stage = info[-1]['module'] if info else ''
-    if not stage:
-        return f'{type(model).__name__} names no stages (feature_info), so the last one is unknown.'
-    with _frozen(model), GradCAM(model=model, target_layers=[model.get_submodule(stage)]) as cam:
-        # grad-cam's annotation asks for modules where its own targets are none.
-        targets: list[Any] = [ClassifierOutputTarget(label)]
-        # The parameters take no gradient, so the input has to.
-        found = cam(x.detach().clone().requires_grad_(), targets)[0]
-    return np.nan_to_num(found)
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter takes a gradient inside, and modes and gradients are the old ones afterwards."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    training = [m for m in model.modules() if m.training]
-    gradients = [p.grad for p in model.parameters()]
-    try:
-        for p in parameters:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(True)
-        for m in training:
-            m.training = True
-        for p, g in zip(model.parameters(), gradients, strict=True):
-            p.grad = g
-
-
-def find_images(sources: Sequence[str | Path]) -> list[tuple[Path, str | None]]:
-    """Image files with their class, where folders tell it.
-
-    Args:
-        sources: Files, and folders that are searched with all folders below; the folder an image lies in, below the
-            one given, is its class.
-
-    Raises:
-        ValueError: A path does not exist, or a folder holds no image.
-    """
-    found: list[tuple[Path, str | None]] = []
-    endings = get_img_extensions(as_set=True)
-    for source in map(Path, sources):
-        if source.is_file():
-            found.append((source, None))
-        elif source.is_dir():
-            inside = sorted(p for p in source.rglob('*') if p.suffix.lower() in endings and p.is_file())
-            if not inside:
-                raise ValueError(f"'{source}' holds no image ({', '.join(sorted(endings))}).")
-            found += [(p, p.parent.name if p.parent != source else None) for p in inside]
-        else:
-            raise ValueError(f"'{source}' does not exist: give images or folders of images.")
-    return found
+    name: str
+    image: Image.Image
+    label: str | None = None
 
 
 def explain_image(
@@ -214,7 +46,7 @@ def explain_image(
     """Everything about one image: what the model saw, its best labels, the gates and Grad-CAM.
 
     Args:
-        model: A model with a classifier, in eval mode on the CPU; one without attention has Grad-CAM only.
+        model: A model with a classifier, in eval mode. One without attention has labels and Grad-CAM only.
         image: The image; upright, of any size and mode.
         title: What the picture shall be called.
         crop: As for `image_transform`.
@@ -224,24 +56,30 @@ def explain_image(
         What `draw_explanation` draws.
 
     Raises:
-        ValueError: The model has no classifier, or takes no images.
+        ValueError: The model has no classifier, takes no images, or gives no finite output.
     """
+    model = unwrapped(model)
     labels = label_names(model)
     if not labels:
         raise ValueError(f'{type(model).__name__} has no classifier, so there is no label to explain.')
     x = image_transform(model, crop=crop)(image)
-    with torch.inference_mode():
-        chance = model(x)[0].softmax(0)
+    first = next(model.parameters())
+    x = x.to(first.device, first.dtype)
+    kinds, maps = gate_kinds(model), {}
+    with torch.no_grad():
+        logits = watch(model, x, maps.__setitem__) if kinds else model(x)
+    if not logits.isfinite().all():
+        raise ValueError(f'{type(model).__name__} gives no finite output for this image: its weights are broken.')
+    chance = logits[0].float().softmax(0)
     best = chance.topk(min(5, len(chance)))
     top = [(labels[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
-    seen = grad_cam(model, x, int(best.indices[0])) if cam else None
-    maps = attention_maps(model, x) if attn_sites(model) else {}
-    return Explanation(shown_image(model, x), maps, gate_kinds(model), top, title, seen)
+    heat = grad_cam(model, x, int(best.indices[0])) if cam else None
+    return Explanation(shown_image(model, x), maps, kinds, top, title, heat, is_untrained(model))
 
 
 def explain(
-    images: Sequence[str | Path],
-    source: str,
+    images: Sequence[str | Path | LabelledImage],
+    source: str | Sequence[str],
     out: str | Path,
     *,
     pretrained: bool = True,
@@ -252,69 +90,133 @@ def explain(
 ) -> list[dict[str, Any]]:
     """Writes a picture per image, and for two or more images summary.png and summary.json.
 
+    Of several models, each picture shows all, one below the other and with one scale for each kind of gate; the
+    summaries are called summary-MODEL then. A model without attention has no summary.png.
+
     Args:
-        images: Files and folders, as `find_images` takes them.
-        source: The model, as `load_model` takes it.
+        images: Files, folders and images. Folders are searched with all folders below; the first folder below the one
+            given is an image's class.
+        source: The model, as `load_model` takes it, or several.
         out: Folder to write, all of it or nothing.
-        pretrained: Load the weights of a registered model.
+        pretrained: Load the weights of registered models.
         crop: As for `image_transform`.
         pictures: Draw at most so many images; the summary counts all.
         cam: Draw Grad-CAM.
         overwrite: Replace a folder that is not empty.
 
     Returns:
-        For each image: 'image', 'class' (or None), 'label', 'probability', 'picture' (or None).
+        For each image and model: 'image', 'class' (or None), 'model', 'untrained', 'label', 'probability', 'picture'
+        (or None).
 
     Raises:
-        ValueError: An image, the model or the folder will not do; the message says which and why.
+        ValueError: An image, a model or the folder will not do; the message says which and why.
         ImportError: matplotlib is missing.
     """
-    found = find_images(images)
+    sources = [source] if isinstance(source, str) else list(dict.fromkeys(source))
+    if not sources:
+        raise ValueError('No model is given: name at least one.')
+    items, skipped = _gather(images)
     require('matplotlib', 'lab')
-    model = load_model(source, pretrained=pretrained)
-    folder = _Folder()
+    models = {s: load_model(s, pretrained=pretrained) for s in sources}
+    folders = {s: _Folder(gate_kinds(m)) for s, m in models.items()}
     rows: list[dict[str, Any]] = []
     with atomic_dir(out, overwrite) as written:
-        names = _picture_names([p for p, _ in found])
-        for (path, group), name in zip(found, names, strict=True):
-            drawn = len(rows) < pictures
-            e = explain_image(model, open_image(path), title=f'{source}: {path.name}', crop=crop, cam=cam and drawn)
-            folder.add(e.maps, e.kinds, group or e.top[0][0], known=group is not None)
+        for n, (item, name) in enumerate(zip(items, _picture_names([i.name for i in items]), strict=True)):
+            drawn, image = n < pictures, item.read()
+            shown = []
+            for s, model in models.items():
+                e = explain_image(model, image, title=f'{s}: {item.name}', crop=crop, cam=cam and drawn)
+                shown.append(e)
+                folders[s].add(e, item.label)
+                rows.append(
+                    {
+                        'image': item.source,
+                        'class': item.label,
+                        'model': s,
+                        'untrained': e.untrained,
+                        'label': e.top[0][0],
+                        'probability': round(e.top[0][1], 4),
+                        'picture': str(Path(out) / name) if drawn else None,
+                    }
+                )
             if drawn:
-                save_figure(draw_explanation(e), written / name)
-            rows.append(
-                {
-                    'image': str(path),
-                    'class': group,
-                    'label': e.top[0][0],
-                    'probability': round(e.top[0][1], 4),
-                    'picture': str(Path(out) / name) if drawn else None,
-                }
-            )
-        if len(rows) > 1:
-            summary = folder.summary(source)
-            save_figure(draw_summary(summary), written / 'summary.png')
-            with atomic_write(written / 'summary.json') as temporary:
-                temporary.write_text(json.dumps(_summary_json(summary, rows), indent=2, ensure_ascii=False) + '\n')
+                save_figure(draw_explanation(*shown), written / name)
+        if len(items) > 1:
+            for s, name in zip(sources, _summary_names(sources), strict=True):
+                _write_summary(folders[s].summary(s, skipped), [r for r in rows if r['model'] == s], written / name)
     return rows
 
 
-class _Folder:
-    """Gathers what the summary shows, one image at a time."""
+@dataclass(frozen=True)
+class _Item:
+    """An image to explain: its file's name, where it is from, how it is read."""
 
-    def __init__(self) -> None:
+    name: str
+    source: str
+    label: str | None
+    read: Callable[[], Image.Image]
+
+
+def _gather(sources: Sequence[str | Path | LabelledImage]) -> tuple[list[_Item], Counter[str]]:
+    """All images, and what was left out of folders, by reason.
+
+    Raises:
+        ValueError: A path does not exist, or a folder holds no image.
+    """
+    items: list[_Item] = []
+    skipped: Counter[str] = Counter()
+    for source in sources:
+        if isinstance(source, LabelledImage):
+            items.append(_Item(source.name, source.name, source.label, lambda image=source.image: image))
+            continue
+        root = Path(source)
+        if not os.path.lexists(root):
+            raise ValueError(f"'{root}' does not exist: give images or folders of images.")
+        paths = [root]
+        if root.is_dir():
+            (paths,), left_out = find_images(root)
+            skipped += left_out
+            if not paths:
+                raise ValueError(f"'{root}' holds no image ({', '.join(sorted(endings()))}). {skipped_line(left_out)}")
+        for path in paths:
+            label = class_of(path, root) if path != root else None
+            items.append(_Item(_printable(path.name), _printable(str(path)), label, lambda path=path: open_image(path)))
+    if not items:
+        raise ValueError('There is nothing to explain: give images or folders of images.')
+    return items, skipped
+
+
+def _printable(name: str) -> str:
+    # A name of a file is bytes, which need not be text.
+    return name.encode('utf-8', 'replace').decode()
+
+
+class _Folder:
+    """Gathers what the summary of one model shows, one image at a time.
+
+    Args:
+        kinds: `gate_kinds` of the model.
+    """
+
+    def __init__(self, kinds: Mapping[str, Kinds]) -> None:
+        self.kinds = kinds
         self.classes: list[str] = []
         self.known = 0
+        self.untrained = False
         self.vectors: dict[str, list[Tensor]] = {}
+        self.gates: dict[str, Gate] = {}
         self.stats: dict[tuple[str, str], GateStats] = {}
         self.shapes: dict[tuple[str, str], set[torch.Size]] = {}
 
-    def add(self, maps: Mapping[str, Gates], kinds: Mapping[str, Kinds], group: str, known: bool) -> None:
-        self.classes.append(group)
-        self.known += known
-        for site, gates in maps.items():
-            self.vectors.setdefault(site, []).append(gate_vector(gates, kinds[site])[0])
-            real = gates_only(gates, kinds[site])
+    def add(self, e: Explanation, label: str | None) -> None:
+        self.classes.append(label or e.top[0][0])
+        self.known += label is not None
+        self.untrained = e.untrained
+        for site, gates in e.maps.items():
+            kind = telling_kind(gates, self.kinds[site])
+            self.gates[site] = self.kinds[site][kind]
+            self.vectors.setdefault(site, []).append(gate_vector(gates[kind], self.gates[site].axes)[0])
+            real = gates_only(gates, self.kinds[site])
             for kind, gate in (real or gates).items():
                 key = (site, kind)
                 shapes = self.shapes.setdefault(key, set())
@@ -322,7 +224,7 @@ class _Folder:
                 if len(shapes) == 1:
                     self.stats.setdefault(key, GateStats(bool(real))).update(gate)
 
-    def summary(self, source: str) -> Summary:
+    def summary(self, source: str, skipped: Counter[str]) -> Summary:
         health: dict[str, dict[str, GateHealth]] = {}
         left_out = [f'{site} {kind}' for (site, kind), shapes in self.shapes.items() if len(shapes) > 1]
         for (site, kind), stats in self.stats.items():
@@ -336,13 +238,29 @@ class _Folder:
             )
         if self.known < len(self.classes):
             notes.append('Classes are folders where there are any, else the first predicted label.')
+        if not self.kinds:
+            notes.append('This model has no attention, so there is no gate to count.')
+        if skipped:
+            notes.append(skipped_line(skipped))
+        # What has one length for images of all sizes can be compared between them.
+        vectors = {n: torch.stack(v) for n, v in self.vectors.items() if len({len(each) for each in v}) == 1}
         title = f'{source}: {len(self.classes)} images, {len(set(self.classes))} classes'
-        return Summary(title, self.classes, {n: torch.stack(v) for n, v in self.vectors.items()}, health, notes)
+        return Summary(title, self.classes, vectors, health, notes, self.gates, self.untrained)
+
+
+def _write_summary(s: Summary, rows: list[dict[str, Any]], path: Path) -> None:
+    """Writes `path`.json, and `path`.png where there are gates."""
+    if s.vectors:
+        save_figure(draw_summary(s), path.with_name(f'{path.name}.png'))
+    text = json.dumps(_summary_json(s, rows), indent=2, ensure_ascii=False)
+    with atomic_write(path.with_name(f'{path.name}.json')) as temporary:
+        temporary.write_text(f'{text}\n', encoding='utf-8')
 
 
 def _summary_json(s: Summary, rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         'title': s.title,
+        'untrained': s.untrained,
         'notes': s.notes,
         'images': rows,
         'health': {
@@ -353,27 +271,28 @@ def _summary_json(s: Summary, rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _picture_names(paths: Sequence[Path]) -> list[str]:
-    """A PNG name for each image; images of one name are told apart by a number."""
-    taken = {'summary.png'}
-    names = []
-    for path in paths:
-        name, n = f'{path.stem}.png', 1
-        while name in taken:
+def _picture_names(names: Sequence[str]) -> list[str]:
+    """A PNG's name for each image; images of one name are told apart by a number."""
+    stems = [re.sub(r'[^\w.-]+', '_', Path(name).stem)[:60] or 'image' for name in names]
+    # Summaries lie beside the pictures.
+    return [f'{n}.png' for n in _told_apart([f'image-{s}' if s.lower().startswith('summary') else s for s in stems])]
+
+
+def _summary_names(sources: Sequence[str]) -> list[str]:
+    """'summary' for one model, 'summary-MODEL' for each of several."""
+    if len(sources) == 1:
+        return ['summary']
+    return _told_apart([f'summary-{re.sub(r"[^A-Za-z0-9_.-]+", "_", s).strip("._")[-60:]}' for s in sources])
+
+
+def _told_apart(names: Sequence[str]) -> list[str]:
+    taken: set[str] = set()
+    result = []
+    for name in names:
+        unique, n = name, 1
+        while unique.lower() in taken:  # Some file systems take 'One' and 'one' for the same.
             n += 1
-            name = f'{path.stem}-{n}.png'
-        taken.add(name)
-        names.append(name)
-    return names
-
-
-def _statistics(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...], int]:
-    """Mean and deviation of each input channel, and the number of channels."""
-    config = resolve_model_data_config(model)
-    channels = getattr(model, 'in_chans', None) or config['input_size'][0]
-    if channels not in (1, 3):
-        raise ValueError(f'{type(model).__name__} takes {channels} channels; only grey (1) and colour (3) are images.')
-    mean, std = tuple(config['mean']), tuple(config['std'])
-    if len(mean) != channels:
-        mean, std = ((sum(v) / len(v),) * channels for v in (mean, std))
-    return mean, std, channels
+            unique = f'{name}-{n}'
+        taken.add(unique.lower())
+        result.append(unique)
+    return result

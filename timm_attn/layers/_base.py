@@ -16,7 +16,7 @@ class Gate:
 
     Attributes:
         axes: The axes of the tensor behind the batch: 'C' channels, 'H' rows, 'W' columns, 'B' branches, 'K' heads,
-            'D' features of a matrix. 'C' is a weight a channel, 'HW' a map, 'CHW' a gate of the input's size.
+            'G' groups, 'D' features of a matrix. 'C' is a weight a channel, 'HW' a map, 'CHW' a gate of the input's size.
         title: Its name in pictures.
         multiplies: Features are multiplied by the values. A covariance, an attention matrix and a branch before its
             sigmoid are looked at, and multiply nothing.
@@ -156,7 +156,7 @@ class Attention(nn.Module):
         Returns:
             Each of the class's `kinds`, the batch first: 'channel' (N, C), 'spatial' (N, H, W) and so on.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f'{type(self).__name__} shows no gates: give the class `kinds` and `gates(x)`.')
 
     @classmethod
     def options_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
