@@ -70,7 +70,7 @@ def _run(args: argparse.Namespace) -> None:
             print(f'{name} is untrained: its weights are random, and so is what the pictures show.', file=sys.stderr)
     count = len(rows) // len(models)
     drawn = len({row['picture'] for row in rows} - {None})
-    files = sorted(p.name for p in Path(args.out).glob('summary*') if count > 1)
+    files = sorted((p.name for p in Path(args.out).glob('summary*') if count > 1), reverse=True)
     print(f'{drawn} of {count} images drawn{" and " if files else ""}{", ".join(files)} in {args.out}', file=sys.stderr)
 
 

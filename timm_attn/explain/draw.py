@@ -253,6 +253,8 @@ def class_separation(vectors: Tensor, classes: Sequence[str]) -> float:
 def _draw_cam(axes: 'Axes', image: np.ndarray, cam: np.ndarray | str) -> None:
     if isinstance(cam, str):
         axes.axis('off')
+        axes.set_xticks([])
+        axes.set_yticks([])
         axes.set_title('Grad-CAM: not drawn', fontsize=9)
         axes.text(
             0.5, 0.5, '\n'.join(textwrap.wrap(cam, 34)), ha='center', va='center', fontsize=9, transform=axes.transAxes

@@ -40,17 +40,23 @@ def load_model(source: str, *, pretrained: bool = True) -> nn.Module:
         raise ValueError(
             f"'{source}' is no folder, no Hub repository (owner/name) and no registered model: see timm-attn list."
         )
-    return timm.create_model(source, pretrained=pretrained).eval()
+    model = timm.create_model(source, pretrained=pretrained).eval()
+    model.loaded_untrained = not pretrained  # pyright: ignore[reportArgumentType]
+    return model
 
 
 def is_untrained(model: nn.Module) -> bool:
-    """Whether the weights are plainly random: no BatchNorm's mean has moved from 0, as one step of training moves it.
+    """Whether the weights are plainly random.
+
+    Either `load_model` was asked for none, or no BatchNorm's mean has moved from 0, as one step of training moves it.
 
     Args:
-        model: Any model; of one without BatchNorm nothing is known, and the answer is False.
+        model: Any model; of another one without BatchNorm nothing is known, and the answer is False.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
-    return bool(norms) and not any(bool(cast(Tensor, m.running_mean).any()) for m in norms)
+    if getattr(model, 'loaded_untrained', False):
+        return True
+    means = [m.running_mean for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    return bool(means) and not any(bool(mean.any()) for mean in means)
 
 
 def image_transform(model: nn.Module, *, crop: bool = True) -> Callable[[Image.Image], Tensor]:
