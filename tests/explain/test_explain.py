@@ -14,6 +14,7 @@ import timm
 import torch
 import torch.distributed as dist
 from PIL import Image
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import timm_attn
@@ -567,7 +568,7 @@ def test_a_part_that_is_called_module_is_no_wrapping(cbam: nn.Module) -> None:
     expected = attention_maps(cbam, net.stem(x).detach())
     assert_same({k.removeprefix('module.'): v for k, v in maps.items()}, expected)
     assert_same(attention_maps(torch.optim.swa_utils.AveragedModel(net), x), maps)
-    assert_same(attention_maps(timm.utils.ModelEmaV3(net), x), maps)
+    assert_same(attention_maps(ModelEmaV3(net), x), maps)
 
 
 def test_shortened_text_keeps_both_ends() -> None:
@@ -698,7 +699,7 @@ def test_an_image_like_a_thread_and_broken_weights_are_refused() -> None:
 
 
 def test_label_names_may_be_a_mapping_by_index() -> None:
-    model = timm.create_model('simple_cnn', num_classes=3)
+    model: Any = timm.create_model('simple_cnn', num_classes=3)
     model.pretrained_cfg = {'label_names': {'2': 'fox', '1': 'dog', '0': 'cat'}}
     assert label_names(model) == ['cat', 'dog', 'fox']
     model.pretrained_cfg = {'label_names': {'cat': 0, 'dog': 1, 'fox': 2}}

@@ -40,6 +40,7 @@ def _run(args: argparse.Namespace) -> None:
         package=args.package,
         license=args.license,
         examples=args.examples,
+        imports=getattr(args, 'imports', ()),
         pretrained=not args.untrained,
         overwrite=args.overwrite,
     )

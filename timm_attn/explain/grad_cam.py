@@ -29,7 +29,7 @@ def grad_cam(model: nn.Module, x: Tensor, label: int) -> np.ndarray | str:
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
-    info = getattr(model, 'feature_info', None)
+    info: Any = getattr(model, 'feature_info', None)
     stage = info[-1]['module'] if info else ''
     if not stage:
         return f'{type(model).__name__} names no stages (feature_info), so the last one is unknown.'

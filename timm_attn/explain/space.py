@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 from ..files import atomic_dir
 from ..hub.folder import read_folder
 from ..optional import require
+from .images import open_image
 
 APP = Path(__file__).with_name('space_app.py')
 SDK_VERSION = '6.31.0'
@@ -33,6 +34,7 @@ def write_space(
     package: str = 'timm_attn',
     license: str | None = None,
     examples: Sequence[str | Path] = (),
+    imports: Sequence[str] = (),
     pretrained: bool = True,
     overwrite: bool = False,
 ) -> Path:
@@ -45,6 +47,8 @@ def write_space(
         package: What pip shall install for timm_attn, such as a version or a git URL.
         license: Licence of the Space, an id that the Hub knows; without it none is stated.
         examples: Images to offer; two drawn ones without.
+        imports: Modules that the Space imports first, since they register attentions of your own; `package` must
+            install them too.
         pretrained: Load weights of a registered model; False is for trying things out.
         overwrite: Replace a folder that is not empty.
 
@@ -69,7 +73,7 @@ def write_space(
     name = read_folder(folder)[0].architecture if is_folder else repo.partition('@')[0].rpartition('/')[2]
     title = ' '.join((title or f'{name}: where it looks').split())
     for example in map(Path, examples):
-        _check_image(example)
+        open_image(example)
     matter: dict[str, Any] = {
         'title': title,
         'emoji': '🔎',
@@ -93,6 +97,7 @@ def write_space(
         shutil.copyfile(APP, written / 'app.py')
         # A path of this machine means nothing where the Space runs; the model lies beside app.py there.
         space = {'title': title, 'model': name if is_folder else source, 'folder': is_folder, 'pretrained': pretrained}
+        space['imports'] = list(imports)
         (written / 'space.json').write_text(json.dumps(space, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
         (written / 'requirements.txt').write_text('\n'.join((package, *REQUIREMENTS)) + '\n', encoding='utf-8')
         (written / 'examples').mkdir()
@@ -123,14 +128,6 @@ python app.py
 
 To publish it: `hf upload YOUR_NAME/YOUR_SPACE . . --repo-type space`
 """
-
-
-def _check_image(path: Path) -> None:
-    try:
-        with Image.open(path) as image:
-            image.verify()
-    except (OSError, SyntaxError) as e:
-        raise ValueError(f"The example '{path}' is no readable image ({e}).") from e
 
 
 def _draw_examples(folder: Path) -> None:

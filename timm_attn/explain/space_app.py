@@ -1,6 +1,7 @@
 """Upload an image; see the model's labels and where its attentions look. `space.json` names the model."""
 
 import html
+import importlib
 import json
 import os
 from pathlib import Path
@@ -12,10 +13,12 @@ import gradio as gr
 from PIL import Image
 
 from timm_attn import attn_sites
-from timm_attn.explain import draw_explanation, explain_image, figure_image, load_model
+from timm_attn.explain import draw_explanation, explain_image, figure_image, is_untrained, load_model
 
 HERE = Path(__file__).parent
 SPACE: dict[str, Any] = json.loads((HERE / 'space.json').read_text(encoding='utf-8'))
+for module in SPACE['imports']:
+    importlib.import_module(module)
 MODEL = load_model(str(HERE / 'model') if SPACE['folder'] else SPACE['model'], pretrained=SPACE['pretrained'])
 
 
@@ -44,6 +47,7 @@ with gr.Blocks(title=SPACE['title']) as demo:
             parameters = sum(p.numel() for p in MODEL.parameters())
             gr.Markdown(
                 f'{parameters / 1e6:.2f} M parameters, {len(attn_sites(MODEL))} attentions. '
+                f'{"The weights are random: this model is untrained. " if is_untrained(MODEL) else ""}'
                 'Bright is a large gate. Gates show what the network passes on, not why it decided.'
             )
     button.click(look, [image, whole], [labels, picture], api_name='look')

@@ -16,7 +16,7 @@ class Gate:
 
     Attributes:
         axes: The axes of the tensor behind the batch: 'C' channels, 'H' rows, 'W' columns, 'B' branches, 'K' heads,
-            'G' groups, 'D' features of a matrix. 'C' is a weight a channel, 'HW' a map, 'CHW' a gate of the input's size.
+            'G' groups, 'D' features of a matrix. 'C' is a weight a channel, 'HW' a map, 'CHW' a gate of each value.
         title: Its name in pictures.
         multiplies: Features are multiplied by the values. A covariance, an attention matrix and a branch before its
             sigmoid are looked at, and multiply nothing.
