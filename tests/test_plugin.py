@@ -113,8 +113,9 @@ def test_a_package_of_its_own_is_found_by_its_entry_point_and_works(package: Pat
 
 def test_the_command_line_imports_a_module_of_the_working_folder(package: Path, tmp_path: Path) -> None:
     (tmp_path / 'mine.py').write_text((package / 'rowgate.py').read_text(encoding='utf-8').replace('rowgate', 'mine'))
-    main = 'import sys; from timm_attn.cli.main import main; sys.exit(main(sys.argv[1:]))'
-    done = run(tmp_path / 'no', tmp_path, '-c', main, 'list', '--import', 'mine')
+    listed = "from timm_attn.cli import main, list; main.import_modules(['mine']); print(list.attentions_table())"
+    done = run(tmp_path / 'no', tmp_path, '-c', listed)
     assert '| `mine` | RowGate |' in done.stdout, done.stderr
+    main = 'import sys; from timm_attn.cli.main import main; sys.exit(main(sys.argv[1:]))'
     done = run(tmp_path / 'no', tmp_path, '-c', main, 'list', '--import', 'absent')
     assert done.returncode == 1 and "--import: 'absent' cannot be imported" in done.stderr
