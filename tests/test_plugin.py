@@ -46,6 +46,7 @@ with torch.no_grad():
     wanted = plain(x)
 model = timm_attn.inject(copy.deepcopy(plain), 'rowgate')
 assert 'rowgate' in timm_attn.list_attn()
+assert 'rowgate' in sys.modules and 'rowgate' not in globals()
 with torch.no_grad():
     torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
 
@@ -113,7 +114,10 @@ def test_a_package_of_its_own_is_found_by_its_entry_point_and_works(package: Pat
 
 def test_the_command_line_imports_a_module_of_the_working_folder(package: Path, tmp_path: Path) -> None:
     (tmp_path / 'mine.py').write_text((package / 'rowgate.py').read_text(encoding='utf-8').replace('rowgate', 'mine'))
-    listed = "from timm_attn.cli import main, list; main.import_modules(['mine']); print(list.attentions_table())"
+    listed = (
+        'from timm_attn.cli.main import import_modules; from timm_attn.cli.list import attentions_table; '
+        "import_modules(['mine']); print(attentions_table())"
+    )
     done = run(tmp_path / 'no', tmp_path, '-c', listed)
     assert '| `mine` | RowGate |' in done.stdout, done.stderr
     main = 'import sys; from timm_attn.cli.main import main; sys.exit(main(sys.argv[1:]))'
