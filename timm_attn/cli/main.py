@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     early.add_argument('--import', action='append', default=[], dest='modules')
     found, rest = early.parse_known_args(argv)
     args = parser.parse_args(rest)
+    # Commands that hand them on, to other processes or a Space, read them here.
+    args.imports = [*found.modules, *getattr(args, 'imports', [])]
     try:
         if found.modules:
             sys.path.insert(0, '')  # as `python -m` does: the module may lie here
