@@ -275,14 +275,14 @@ def test_status_is_not_guessed(tmp_path: Path) -> None:
     assert '**Status: not recorded.**' in files['README.md'].read_text()
 
 
-def test_limits_are_taken_back(hub_client: Any) -> None:
+def test_timeouts_are_taken_back(hub_client: Any) -> None:
     import huggingface_hub
     from huggingface_hub.utils import _http
 
     before = _http._GLOBAL_CLIENT_FACTORY
-    with client.limits():
+    with client.timeouts():
         assert huggingface_hub.get_session().timeout.read == client.SETTINGS.timeout
-        with client.limits():
+        with client.timeouts():
             pass
         assert huggingface_hub.get_session().timeout.read == client.SETTINGS.timeout
     assert _http._GLOBAL_CLIENT_FACTORY is before

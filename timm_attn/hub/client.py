@@ -1,8 +1,9 @@
 """The Hub's client with an end to waiting, and its many exceptions as one.
 
 huggingface_hub sends its requests without a time limit, retries some of them for minutes, and fails with its own
-errors, those of its HTTP library, of the Xet storage and of Python. Inside `limits()` each request has a time limit
-and a bounded number of tries; inside `explained()` whatever fails becomes a `HubError` that says what to do.
+errors, those of its HTTP library, of the Xet storage and of Python. Inside `timeouts()` each request has a time limit
+and a bounded number of tries, and all waiting together has an end; whatever fails in `call()` becomes a `HubError` that
+says what to do.
 """
 
 import importlib
@@ -10,9 +11,11 @@ import json
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any, TypeVar
 
 import huggingface_hub
@@ -37,15 +40,23 @@ class HubError(RuntimeError):
         status: The HTTP status, where the Hub answered.
         transient: Whether the same request may succeed a moment later.
         wait: Seconds the Hub asks to wait.
+        offline: Whether the network was not asked, because HF_HUB_OFFLINE is set.
     """
 
     def __init__(
-        self, message: str, *, status: int | None = None, transient: bool = False, wait: float | None = None
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        transient: bool = False,
+        wait: float | None = None,
+        offline: bool = False,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.transient = transient
         self.wait = wait
+        self.offline = offline
 
 
 class HubFileError(HubError, ValueError):
@@ -62,13 +73,16 @@ class Settings:
         attempts: How often a push or load starts over, each time from what the Hub holds then.
         wait: Seconds before the second attempt, doubled for each further one.
         longest_wait: A `Retry-After` beyond this many seconds is reported, not waited for.
+        patience: Seconds that one push or load spends in all on requests that fail and on pauses. What makes progress
+            does not count.
     """
 
     timeout: float = 30.0
     tries: int = 4
     attempts: int = 5
     wait: float = 1.0
-    longest_wait: float = 120.0
+    longest_wait: float = 100.0
+    patience: float = 100.0
 
 
 SETTINGS = Settings()
@@ -83,12 +97,35 @@ def hub_api(token: str | bool | None = None) -> HfApi:
     return HfApi(token=token, library_name='timm_attn', library_version=package_version())
 
 
+class _Patience:
+    """The seconds that one push or load has lost so far to requests that failed, and to pauses."""
+
+    def __init__(self) -> None:
+        self.spent = 0.0
+        self.since = monotonic()
+
+    @property
+    def left(self) -> float:
+        return SETTINGS.patience - self.spent
+
+    def progress(self) -> None:
+        """A request is sent that is no repetition of the last one."""
+        self.since = monotonic()
+
+    def failed(self) -> None:
+        """The last request came to nothing. One that moved bytes for longer than the time limit was no standstill."""
+        now = monotonic()
+        self.spent += min(now - self.since, SETTINGS.timeout)
+        self.since = now
+
+
 class _Tries:
     """Counts how often a request was sent without an answer below 400, and stops the client's own retries at a
     bound."""
 
     def __init__(self) -> None:
         self.counts: dict[tuple[Any, ...], tuple[int, str]] = {}
+        self.last: dict[int, tuple[Any, ...]] = {}
 
     @staticmethod
     def _key(request: Any) -> tuple[Any, ...]:
@@ -96,56 +133,91 @@ class _Tries:
         return threading.get_ident(), request.method, str(request.url), request.headers.get('range')
 
     def before(self, request: Any) -> None:
-        limit = SETTINGS.timeout
+        key = self._key(request)
+        patience = _patience
+        if self.last.get(key[0]) == key:
+            patience.failed()
+        else:
+            patience.progress()
+        self.last[key[0]] = key
+        if patience.left <= 0:
+            raise HubError(f'Gave up after {patience.spent:.0f} s without progress at {request.url.path}. {_CHECK}')
+        limit = min(SETTINGS.timeout, patience.left)
         # The client overrides the time limit of the session with 60 s for some requests.
         given = request.extensions.get('timeout', {})
         request.extensions['timeout'] = {
             k: limit if given.get(k) is None else min(limit, given[k]) for k in ('connect', 'read', 'write', 'pool')
         }
-        key = self._key(request)
         count, last = self.counts.get(key, (0, 'no answer'))
         if count >= SETTINGS.tries:
             del self.counts[key]
             raise HubError(
-                f'Gave up after {count} tries of {request.method} {request.url.path} (last: {last}). '
-                'Check the connection and https://status.huggingface.co, then run the same command again: '
-                'it goes on where it stopped.'
+                f'Gave up after {count} tries of {request.method} {request.url.path} (last: {last}). {_CHECK}'
             )
         self.counts[key] = (count + 1, f'no answer within {limit:g} s')
 
     def after(self, response: Any) -> None:
         key = self._key(response.request)
+        if response.is_redirect:
+            _check_redirect(response)
         if response.status_code < 400:
             self.counts.pop(key, None)
             return
         if key in self.counts:
             self.counts[key] = (self.counts[key][0], f'HTTP {response.status_code}')
         wait = _retry_after(response)
-        if wait is not None and wait > SETTINGS.longest_wait:
+        if wait is not None and wait > _longest_wait():
             raise HubError(
                 f'The Hub limits the rate of requests and asks to wait {wait:g} s: run the same command again then.',
                 status=response.status_code,
                 wait=wait,
             )
+        _patience.spent += wait or 0
 
 
+def _longest_wait() -> float:
+    return min(SETTINGS.longest_wait, _patience.left)
+
+
+def _check_redirect(response: Any) -> None:
+    """Files lie on other hosts; the Hub's own answers, and what is sent to it, do not."""
+    request = response.request
+    if not request.url.path.startswith('/api/'):
+        return
+    target = request.url.join(response.headers.get('location', ''))
+    same_host = (target.scheme, target.host, target.port) == (request.url.scheme, request.url.host, request.url.port)
+    if not same_host or (request.method != 'GET' and response.status_code not in (307, 308)):
+        raise HubError(
+            f'{request.url.host} answers {request.method} {request.url.path} with a redirect ({response.status_code}) '
+            f'to {target.host}{target.path}: check HF_ENDPOINT and the proxy; a login page may stand in between.',
+            status=response.status_code,
+        )
+
+
+_CHECK = (
+    'Check the connection and https://status.huggingface.co, then run the same command again: it goes on where it '
+    'stopped.'
+)
+# One for all threads, as uploads have threads of their own: time that passes for all of them is counted once.
+_patience = _Patience()
 _lock = threading.Lock()
 _users = 0
 _previous: Any = None
 
 
 @contextmanager
-def limits() -> Iterator[None]:
+def timeouts() -> Iterator[None]:
     """Gives every request of the Hub's client a time limit and a bounded number of tries, and takes both back at the
     end.
 
     The client is one per process, so pushes and loads that run at once in several threads share the limits; the last
     one takes them back.
     """
-    global _users, _previous
+    global _users, _previous, _patience
     with _lock:
         _users += 1
         if _users == 1:
+            _patience = _Patience()
             previous = _previous = _hub_http._GLOBAL_CLIENT_FACTORY
             tries = _Tries()
 
@@ -189,29 +261,40 @@ _TRANSIENT = frozenset({408, 409, 412, 429, 500, 502, 503, 504})
 _AGAIN = 'run the same command again: it goes on where it stopped'
 
 
-@contextmanager
-def explained(action: str, repo_id: str, token: str | bool | None = None) -> Iterator[None]:
-    """Turns whatever the client raises into a `HubError` with a remedy, and keeps the token out of its text.
+def call(action: str, repo_id: str, token: str | bool | None, work: Callable[[], T]) -> T:
+    """Does something with the Hub, and turns whatever the client raises into a `HubError` with a remedy.
+
+    The token is in no text of the error, and the error leads to none that holds it.
 
     Args:
-        action: What was being done, such as 'push to'.
+        action: What is being done, such as 'push to'.
         repo_id: The repository.
         token: The token in use, which must not be shown.
+        work: What to do.
+
+    Returns:
+        What `work` returns.
 
     Raises:
         HubError: Something failed.
     """
     try:
-        yield
+        return work()
     except Exception as e:
         error = as_hub_error(e, repo_id, token)
-        if error is None or error is e:
+        if error is None:
             raise
-        message = f'Could not {action} {repo_id}. {error}'
-        raise HubError(message, status=error.status, transient=error.transient, wait=error.wait) from e
+        if error is not e:
+            text = f'Could not {action} {repo_id}. {error}'
+            error = HubError(
+                text, status=error.status, transient=error.transient, wait=error.wait, offline=error.offline
+            )
+    # Not in the except block: what the client raised may quote the token, and would be printed with its traceback.
+    error.__cause__ = error.__context__ = None
+    raise error
 
 
-def patiently(action: str, repo_id: str, token: str | bool | None, work: Callable[[], T]) -> T:
+def retry(action: str, repo_id: str, token: str | bool | None, work: Callable[[], T]) -> T:
     """Does something that may be repeated, again when it failed for a reason that may pass.
 
     Args:
@@ -229,17 +312,18 @@ def patiently(action: str, repo_id: str, token: str | bool | None, work: Callabl
     delay = SETTINGS.wait
     for attempt in range(1, SETTINGS.attempts + 1):
         try:
-            with explained(action, repo_id, token):
-                return work()
+            return call(action, repo_id, token, work)
         except HubError as e:
+            _patience.failed()
             pause = delay if e.wait is None else e.wait
-            if attempt == SETTINGS.attempts or not e.transient or pause > SETTINGS.longest_wait:
-                raise
             # A commit in between is no reason to wait.
             pause = 0 if e.status == 412 else pause
+            if attempt == SETTINGS.attempts or not e.transient or pause > _longest_wait():
+                raise
             _logger.warning('%s (attempt %d of %d; the next in %g s)', e, attempt, SETTINGS.attempts, pause)
-            time.sleep(pause)
-            delay *= 2
+        time.sleep(pause)
+        _patience.spent += pause
+        delay *= 2
     raise AssertionError('the last attempt returns or raises')
 
 
@@ -259,7 +343,21 @@ def as_hub_error(e: Exception, repo_id: str, token: str | bool | None = None) ->
         inner = as_hub_error(e.__cause__, repo_id, token)
         if inner is not None:
             return inner
-    return _explain(e, repo_id, _hidden(str(e), token))
+    found = _explain(e, repo_id, _hidden(str(e), token))
+    if found is None and isinstance(e, KeyError | TypeError | ValueError | IndexError | AttributeError):
+        if _raised_by_client(e):
+            found = HubError(
+                f'The Hub, or what answers in its place, said something that the client cannot read '
+                f'({type(e).__name__}: {_hidden(str(e), token)}): check HF_ENDPOINT and the proxy.'
+            )
+    return found
+
+
+def _raised_by_client(e: Exception) -> bool:
+    """Whether an exception comes out of the Hub's client, and not out of code of ours or what that calls."""
+    frames = [frame.f_globals.get('__name__', '').partition('.')[0] for frame, _ in traceback.walk_tb(e.__traceback__)]
+    known = [name for name in frames if name in ('huggingface_hub', 'timm_attn')]
+    return bool(known) and known[-1] == 'huggingface_hub'
 
 
 def _hidden(text: str, token: str | bool | None) -> str:
@@ -300,7 +398,7 @@ def _explain(e: Exception, repo: str, detail: str) -> HubError | None:
         text = text.format(repo=f"'{repo}'", detail=detail)
         return HubError(text, status=status, transient=status in _TRANSIENT, wait=_retry_after(e.response))
     if isinstance(e, errors.OfflineModeIsEnabled):
-        return HubError('HF_HUB_OFFLINE is set: unset it to use the network.')
+        return HubError('HF_HUB_OFFLINE is set: unset it to use the network.', offline=True)
     if isinstance(e, errors.LocalEntryNotFoundError):
         return HubError(f'The file is not in the cache and the Hub cannot be reached ({detail}): {_AGAIN}.')
     if isinstance(e, errors.HFValidationError):

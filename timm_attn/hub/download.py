@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, errors
+from huggingface_hub import HfApi, constants
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile
 
 from ..files import atomic_write, file_hash, git_sha1
-from .client import HubError, HubFileError, explained
+from .client import HubError, HubFileError, call
 
 _logger = logging.getLogger(__name__)
 _COMMIT = re.compile(r'[0-9a-f]{40}')
@@ -106,16 +106,19 @@ def resolve(
     Raises:
         HubError: The repository or revision does not exist or may not be seen, or there is neither Hub nor cache.
     """
+
+    def ask() -> Snapshot:
+        commit = api.model_info(repo_id, revision=revision).sha
+        if commit is None or not _COMMIT.fullmatch(commit):
+            raise HubError(f"The Hub named no commit for '{repo_id}' at {revision or 'main'} (got {commit!r}).")
+        return Snapshot(repo_id, revision, commit, remote_files(api, repo_id, commit, names))
+
     try:
-        with explained('read', repo_id, api.token):
-            commit = api.model_info(repo_id, revision=revision).sha
-            if commit is None or not _COMMIT.fullmatch(commit):
-                raise HubError(f"The Hub named no commit for '{repo_id}' at {revision or 'main'} (got {commit!r}).")
-            return Snapshot(repo_id, revision, commit, remote_files(api, repo_id, commit, names))
+        return call('read', repo_id, api.token, ask)
     except HubError as e:
         cached = _cached_commit(repo_id, revision, cache_dir)
         if cached is None or not _unreachable(e):
-            if isinstance(e.__cause__, errors.OfflineModeIsEnabled):
+            if e.offline:
                 raise HubError(
                     f"HF_HUB_OFFLINE is set and the cache does not hold '{repo_id}' at {revision or 'main'}: unset it "
                     f'once to '
@@ -135,11 +138,11 @@ def resolve(
 def _unreachable(e: HubError) -> bool:
     if e.status is not None:
         return e.status == 429 or e.status >= 500
-    return e.transient or isinstance(e.__cause__, errors.OfflineModeIsEnabled) or 'Gave up after' in str(e)
+    return e.transient or e.offline or 'Gave up after' in str(e)
 
 
 def _reason(e: HubError) -> str:
-    return 'HF_HUB_OFFLINE is set' if isinstance(e.__cause__, errors.OfflineModeIsEnabled) else str(e)
+    return 'HF_HUB_OFFLINE is set' if e.offline else str(e)
 
 
 def _cached_commit(repo_id: str, revision: str | None, cache_dir: str | os.PathLike[str] | None) -> str | None:
@@ -237,15 +240,16 @@ _MISSING = {
 
 
 def _download(api: HfApi, snapshot: Snapshot, name: str, cache_dir: str | os.PathLike[str] | None) -> Path:
-    with explained(f'fetch {name} of', snapshot.repo_id, api.token):
-        path = api.hf_hub_download(
+    def download() -> str:
+        return api.hf_hub_download(
             snapshot.repo_id,
             name,
             revision=snapshot.commit,
             cache_dir=None if cache_dir is None else Path(cache_dir),
             local_files_only=snapshot.offline,
         )
-    return Path(path)
+
+    return Path(call(f'fetch {name} of', snapshot.repo_id, api.token, download))
 
 
 def _kept_checksum(path: Path) -> str | None:

@@ -9,8 +9,7 @@ import timm
 from huggingface_hub import HfApi
 from torch import nn
 
-from ..layers import gain_keys
-from .client import hub_api, limits, patiently
+from .client import hub_api, retry, timeouts
 from .config import MAX_CONFIG_BYTES, Config, build_meta, check_config, layer_names, parse_config
 from .download import Snapshot, fetch, remember, resolve
 from .folder import copy_files
@@ -87,12 +86,11 @@ def load_from_hub(
     if undoing := sorted(_UNDOING & set(kwargs)):
         raise ValueError(f'{undoing} cannot be given here: the weights are those of {repo_id}.')
     api = hub_api(token)
-    with limits():
-        snapshot, config, meta, path = patiently(
+    with timeouts():
+        snapshot, config, meta, path = retry(
             'load', repo_id, api.token, lambda: _fetch_model(api, repo_id, revision, cache_dir)
         )
-    where = f"{WEIGHTS} of '{repo_id}' at {snapshot.commit[:12]}"
-    check_weights(safetensors.torch.load_file(path), where, gain_keys(meta))
+    check_weights(safetensors.torch.load_file(path), f"{WEIGHTS} of '{repo_id}' at {snapshot.commit[:12]}")
     remember(snapshot, cache_dir)
     return _build(config, meta, path, f'{repo_id}@{snapshot.commit}', kwargs)
 
@@ -155,8 +153,8 @@ def pull(
             files[CARD] = fetch(api, snapshot, CARD, max_bytes=MAX_CARD_BYTES, cache_dir=cache_dir)
         return snapshot, files
 
-    with limits():
-        snapshot, files = patiently('pull', repo_id, api.token, work)
+    with timeouts():
+        snapshot, files = retry('pull', repo_id, api.token, work)
     remember(snapshot, cache_dir)
     copy_files(files, directory, overwrite)
     return snapshot.commit

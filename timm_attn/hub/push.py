@@ -19,7 +19,7 @@ from huggingface_hub import CommitOperationAdd, ModelCard, constants
 from torch import nn
 
 from .card import check_card, render_card
-from .client import HubError, HubFileError, as_hub_error, hub_api, limits, patiently
+from .client import HubError, HubFileError, as_hub_error, hub_api, retry, timeouts
 from .config import MAX_CONFIG_BYTES, check_config, encode_config, parse_config
 from .download import RemoteFile, Snapshot, checksum, fetch, remote_files
 from .folder import read_folder, save
@@ -143,7 +143,7 @@ def push_to_hub(
             raise HubError(
                 "There is no token: log in with 'hf auth login', or set HF_TOKEN. Nothing was sent.", status=401
             )
-        with limits():
+        with timeouts():
             return push.run()
 
 
@@ -186,7 +186,7 @@ class _Push:
 
     def run(self) -> PushResult:
         """Attempts until it is done, somebody has to act, or the attempts are used up."""
-        return patiently('push to', self.repo_id, self.api.token, self._attempt)
+        return retry('push to', self.repo_id, self.api.token, self._attempt)
 
     def _attempt(self) -> PushResult:
         snapshot = self._snapshot()
