@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import timm_attn
 from timm_attn.hub.card import check_card, merge_card, render_card, split_card
 from timm_attn.hub.client import HubFileError
 from timm_attn.hub.folder import card_of_folder, save
-from timm_attn.hub.publish import card_of_tag
+from timm_attn.hub.publish import card_of_tag, index_of_tags
 from timm_attn.hub.records import normalise_evaluation
 from timm_attn.measure import count
 from timm_attn.weights import TAGS
@@ -238,7 +239,7 @@ def test_a_card_without_our_sections_is_kept_whole() -> None:
         '   \n',
         '---\n',
         '---\n- a\n---\nText',
-        '---\n: : :\n---\nText',
+        '---\nSome words\n---\nText',
         'Text',
         '---\r\ntags: [a]\r\n---\r\nText\r\n',
         '<!-- timm_attn:begin summary -->\nnever closed',
@@ -250,7 +251,50 @@ def test_odd_cards_are_survived(old: str) -> None:
     text = render_card(config(), old=old)
     check_card(text)
     assert text.count('<!-- timm_attn:begin usage -->') == 1
-    assert ('Text' in old) == ('Text' in text.split('---\n', 2)[2].replace('Text: ', ''))
+    body = text.split('---\n', 2)[2]
+    assert ('Text' in old) == ('Text' in body.replace('Text: ', ''))
+    # A first block that is no mapping is a rule and words: all of it stays.
+    assert ('Some words' in old) == ('---\nSome words\n---\nText' in body)
+
+
+@pytest.mark.parametrize(
+    'block',
+    [
+        ': : :',
+        'a: b: c',
+        'x: !!timestamp q',
+        'x: 2023-13-45',
+        'a: &a [1]\nb: *a',
+        'x: ' + '[' * 3000,
+        'a: 1\n' * 20_000,
+        '1: x',
+        'null: x',
+        'self: 1',
+        'tags: 5',
+        'license: [mit]',
+        'license: {a: 1}',
+        'datasets: [1]',
+        'x: !!set {a}',
+    ],
+    ids=lambda b: b[:16],
+)
+def test_metadata_that_cannot_be_kept_are_refused(block: str) -> None:
+    old = f'---\n{block}\n---\nText\n'
+    start = time.process_time()
+    with pytest.raises(HubFileError, match=r'README\.md'):
+        render_card(config(), old=old)
+    with pytest.raises(HubFileError, match=r'README\.md'):
+        check_card(old)
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize('mark', ['begin a', 'begin usage', 'end usage', 'begin usage -->\n<!-- timm_attn:begin x'])
+def test_marks_without_their_partners_cost_little_and_stay(mark: str) -> None:
+    old = f'<!-- timm_attn:{mark} -->\nword\n' * 10_000
+    start = time.process_time()
+    text = render_card(config(), old=old)
+    assert time.process_time() - start < 5
+    assert text.count('word') == 10_000
 
 
 def test_a_section_given_twice_is_left_once() -> None:
@@ -334,14 +378,26 @@ def test_card_of_a_folder_is_rendered_again(tmp_path: Path) -> None:
 # --- The tags ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_tag_has_its_card_and_no_other_is_there() -> None:
-    assert sorted(p.name for p in CARDS.glob('*.md')) == sorted(f'{t.model}.{t.tag}.md' for t in TAGS)
+TRAINED = [t for t in TAGS if t.status == 'trained']
 
 
-@pytest.mark.parametrize('tag', TAGS, ids=lambda t: f'{t.model}.{t.tag}')
+def test_every_trained_tag_has_its_card_and_no_other_is_there() -> None:
+    names = {f'{t.model}.{t.tag}.md' for t in TRAINED}
+    assert {p.name for p in CARDS.iterdir()} == names | {'README.md'}
+    index = (CARDS / 'README.md').read_text(encoding='utf-8')
+    assert index == index_of_tags(), 'run: timm-attn card model_cards --tags'
+    assert all(f'({name})' in index for name in names)
+
+
+@pytest.mark.parametrize('tag', TRAINED, ids=lambda t: f'{t.model}.{t.tag}')
 def test_card_of_tag_is_the_one_rendered_now(tag: Any) -> None:
     path = CARDS / f'{tag.model}.{tag.tag}.md'
     text = card_of_tag(tag)
     assert path.read_text(encoding='utf-8') == text, 'run: timm-attn card model_cards --tags'
     assert f'license: {tag.licence}' in text and 'model-index' not in text
-    assert ('not a trained attention model' in text) == (tag.status == 'warm')
+    assert 'not a trained attention model' not in text
+
+
+def test_card_of_a_warm_start_says_that_it_is_one() -> None:
+    warm = next(t for t in TAGS if t.status == 'warm')
+    assert 'not a trained attention model' in card_of_tag(warm)

@@ -3,8 +3,11 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import threading
+import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +19,14 @@ import timm
 import torch
 from hub_attacks import EVENTS
 from hub_client import Clock
+from safetensors.torch import save_file
 from torch import nn
 
-from timm_attn.hub import client
+from timm_attn.explain import load_model, write_space
+from timm_attn.hub import client, folder, load
 from timm_attn.hub.client import HubError, HubFileError
-from timm_attn.hub.folder import save
-from timm_attn.hub.load import load_from_hub
+from timm_attn.hub.folder import check_model, save
+from timm_attn.hub.load import load_from_hub, open_model, pull
 from timm_attn.hub.push import push_to_hub
 
 TOKEN = 'hf_me_write'
@@ -75,10 +80,31 @@ def test_two_pushers(hub_client: Any) -> None:
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert not errors
+    (result,), (error,) = results, errors
+    assert isinstance(error, HubError) and f'(commit {result.commit})' in str(error)
     assert len([r for r in hub.log if r.status == 412]) == 1
-    assert [c.title for c in hub.commits('me/x')][:2] in (['model 1', 'model 2'], ['model 2', 'model 1'])
-    assert {r.commit for r in results} == {c.sha for c in hub.commits('me/x')[:2]}
+    assert hub.head('me/x') == result.commit and len(hub.commits('me/x')) == 3
+
+
+def test_other_weights_in_between(hub_client: Any, tmp_path: Path) -> None:
+    hub = hub_client.hub
+    push_to_hub(make_model(0), 'me/x')
+    theirs = {p.name: p.read_bytes() for p in save(make_model(5), tmp_path / 'theirs').iterdir()}
+    for repo in ('me/x', 'me/new'):
+        fault = hub.fault('POST', f'{repo}/commit/', call=lambda repo=repo: hub.commit(repo, theirs))
+        with pytest.raises(HubError, match=r'Somebody else committed other weights') as caught:
+            push_to_hub(make_model(1), repo)
+        assert fault.hits == 1 and hub.head(repo) in str(caught.value)
+        assert same(load_from_hub(repo), make_model(5))
+    again = {**theirs, 'model.safetensors': (save(make_model(6), tmp_path / 'n') / 'model.safetensors').read_bytes()}
+    hub.fault('POST', '/commit/', call=lambda: hub.commit('me/x', again))
+    push_to_hub(make_model(1), 'me/x', force=True)
+    assert same(load_from_hub('me/x'), make_model(1))
+    # The same weights from somebody else are no reason to stop.
+    ours = (save(make_model(2), tmp_path / 'ours') / 'model.safetensors').read_bytes()
+    hub.fault('POST', '/commit/', call=lambda: hub.commit('me/x', {'model.safetensors': ours}))
+    push_to_hub(make_model(2), 'me/x')
+    assert same(load_from_hub('me/x'), make_model(2))
 
 
 def test_edit_in_between(hub_client: Any) -> None:
@@ -252,8 +278,168 @@ def test_token_in_an_error(hub_client: Any, caplog: pytest.LogCaptureFixture) ->
     hub_client.hub.fault('POST', '/commit/', times=None, status=400, headers={'X-Error-Message': f'no {TOKEN} here'})
     with caplog.at_level(logging.DEBUG), pytest.raises(HubError, match=r'\(token\)') as caught:
         push_to_hub(make_model(), 'me/x')
-    assert TOKEN not in str(caught.value)
+    assert TOKEN not in _printed(caught.value)
     assert TOKEN not in ' '.join(r.getMessage() for r in caplog.records if r.name.startswith('timm_attn'))
+
+
+def _printed(error: BaseException | None) -> str:
+    """An error and every other one that it leads to, as a traceback, a logger or a debugger may show them."""
+    text = '' if error is None else ''.join(traceback.format_exception(error)) + repr(error.args)
+    return text if error is None else text + _printed(error.__cause__) + _printed(error.__context__)
+
+
+def test_token_in_an_error_of_a_load(hub_client: Any) -> None:
+    hub = hub_client.hub
+    push_to_hub(make_model(), 'me/x')
+    for method, path, status in (('GET', '/api/models', 400), ('POST', 'paths-info', 503), ('HEAD', 'config', 403)):
+        hub.fault(method, path, times=None, status=status, headers={'X-Error-Message': f'no {TOKEN} here'})
+        with pytest.raises(HubError) as caught:
+            load_from_hub('me/x')
+        assert TOKEN not in _printed(caught.value)
+        hub.clear_faults()
+
+
+def test_old_pickle_there(hub_client: Any, caplog: pytest.LogCaptureFixture) -> None:
+    hub = hub_client.hub
+    push_to_hub(make_model(0), 'me/x')
+    hub.commit('me/x', {'pytorch_model.bin': b'\x80\x02.', 'notes.txt': b'mine'})
+    result = push_to_hub(make_model(1), 'me/x')
+    assert result.removed == ('pytorch_model.bin',) and 'removed the old pytorch_model.bin' in str(result)
+    assert 'pytorch_model.bin' in caplog.text
+    files = hub.files('me/x')
+    assert 'pytorch_model.bin' not in files and files['notes.txt'] == b'mine'
+    # Also where nothing else is new.
+    hub.commit('me/x', {'pytorch_model.bin': b'\x80\x02.'})
+    assert push_to_hub(make_model(1), 'me/x').changed == ()
+    assert 'pytorch_model.bin' not in hub.files('me/x')
+    assert push_to_hub(make_model(1), 'me/x').commit == hub.head('me/x') and len(hub.commits('me/x')) == 6
+
+
+def test_labels_of_another_model(hub_client: Any, tmp_path: Path) -> None:
+    hub = hub_client.hub
+    described = {'cat': 'a pet', 'dog': 'a friend', 'fox': 'a thief'}
+
+    def config() -> dict[str, Any]:
+        return json.loads(hub.files('me/x')['config.json'])
+
+    push_to_hub(make_model(0), 'me/x', label_names={2: 'fox', 0: 'cat', '1': 'dog'})
+    assert config()['label_names'] == ['cat', 'dog', 'fox']
+    hub.commit('me/x', {'config.json': json.dumps({**config(), 'label_descriptions': described}).encode()})
+    # With their names they stay: through a load, a save and a push, and through a push of a model without names.
+    loaded: Any = load_from_hub('me/x')
+    assert loaded.pretrained_cfg['label_descriptions'] == described
+    push_to_hub(save(loaded, tmp_path / 'loaded'), 'me/x')
+    assert config()['label_descriptions'] == described
+    push_to_hub(make_model(1), 'me/x')
+    assert config()['label_names'] == ['cat', 'dog', 'fox'] and config()['label_descriptions'] == described
+    push_to_hub(make_model(1), 'me/x', label_names=['cat', 'dog', 'fox'])
+    assert config()['label_descriptions'] == described
+    # Without them they go.
+    push_to_hub(save(loaded, tmp_path / 'other', label_names=['x', 'y', 'z']), 'me/x')
+    assert config()['label_names'] == ['x', 'y', 'z'] and 'label_descriptions' not in config()
+    push_to_hub(tmp_path / 'loaded', 'me/y', label_names=['x', 'y', 'z'])
+    assert 'label_descriptions' not in json.loads(hub.files('me/y')['config.json'])
+
+
+def test_links_in_the_folder(hub_client: Any, tmp_path: Path) -> None:
+    secret = tmp_path / 'secret'
+    secret.write_text('the token')
+    good = save(make_model(), tmp_path / 'good')
+    makers: list[tuple[str, Any, str]] = [
+        *((name, lambda p: p.symlink_to(secret), 'leads out of its folder') for name in ('plot.png', 'recipe.yaml')),
+        *((name, lambda p: p.symlink_to(secret), 'leads out of its folder') for name in (*_MODEL, 'README.md')),
+        ('plot.png', lambda p: p.symlink_to('nowhere'), 'leads nowhere'),
+        ('README.md', lambda p: p.symlink_to('README.md'), 'leads nowhere|Symlink loop|symbolic links'),
+        ('plot.png', os.mkfifo, 'no regular file'),
+        ('README.md', os.mkfifo, 'no regular file'),
+        ('config.json', os.mkfifo, 'no regular file'),
+        ('plot.png', lambda p: p.symlink_to('/dev/zero'), 'leads out of its folder'),
+        ('model.safetensors', lambda p: p.symlink_to('/dev/zero'), 'leads out of its folder'),
+        ('plot.png', Path.mkdir, 'no regular file'),
+    ]
+    for i, (name, make, words) in enumerate(makers):
+        folder = tmp_path / f'hostile{i}'
+        shutil.copytree(good, folder)
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+        with pytest.raises(HubFileError, match=words):
+            push_to_hub(folder, 'me/x')
+        with pytest.raises(HubFileError, match=words):
+            write_space(str(folder), tmp_path / 'space')
+        with pytest.raises(HubFileError, match=words):
+            open_model(folder)
+    assert not hub_client.hub.log and not (tmp_path / 'space').exists()
+    # A folder that is a link itself, and links inside it, are somebody's way to order files.
+    (good / 'curves.png').write_bytes(b'a picture')
+    (good / 'plot.png').symlink_to('curves.png')
+    (tmp_path / 'link').symlink_to(good)
+    push_to_hub(tmp_path / 'link', 'me/x')
+    assert hub_client.hub.files('me/x')['plot.png'] == b'a picture'
+    # What is written over a link takes its place.
+    (good / 'README.md').unlink()
+    shutil.copy(tmp_path / 'good' / 'config.json', tmp_path / 'outside.json')
+    (good / 'config.json').unlink()
+    (good / 'config.json').symlink_to(tmp_path / 'outside.json')
+    before = (tmp_path / 'outside.json').read_bytes()
+    save(make_model(1), good, overwrite=True)
+    assert not (good / 'config.json').is_symlink() and (tmp_path / 'outside.json').read_bytes() == before
+
+
+_MODEL = ('model.safetensors', 'config.json')
+
+
+@pytest.mark.parametrize(
+    'answer',
+    [
+        {'status': 302, 'headers': {'Location': 'http://127.0.0.1:1/login'}},
+        {'status': 301, 'headers': {'Location': '/login'}},
+        {'status': 200, 'body': b'{}'},
+        {'status': 200, 'body': b'[]'},
+        {'status': 200, 'body': b'null'},
+        {'status': 200, 'body': b'<html>log in</html>'},
+    ],
+    ids=str,
+)
+def test_redirects(answer: dict[str, Any], hub_client: Any) -> None:
+    hub = hub_client.hub
+    push_to_hub(make_model(0), 'me/x')
+    steps = [('GET', '^/api/models/me/x', 'me/x'), ('POST', '/preupload/', 'me/x'), ('POST', '/commit/', 'me/x')]
+    for method, path, repo in [*steps, ('POST', '^/api/repos/create', 'me/new')]:
+        hub.fault(method, path, times=None, **answer)
+        with pytest.raises(HubError):
+            push_to_hub(make_model(1), repo)
+        if method == 'GET':
+            with pytest.raises(HubError):
+                load_from_hub('me/x')
+        hub.clear_faults()
+    assert same(load_from_hub('me/x'), make_model(0))
+
+
+def _stalls(hub: Any, monkeypatch: pytest.MonkeyPatch, path: str, work: Any) -> None:
+    settings = client.Settings(timeout=0.3, tries=100, attempts=100, wait=0, patience=1.2)
+    monkeypatch.setattr(client, 'SETTINGS', settings)
+    hub.fault('*', path, times=None, stall=True)
+    start = time.monotonic()
+    with pytest.raises(HubError, match=r'without progress|did not answer|reached'):
+        work()
+    assert 1 < time.monotonic() - start < 6
+    hub.clear_faults()
+    hub.release()
+
+
+def test_stalls_all_the_time(hub_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert client.Settings().patience == 100
+    push_to_hub(make_model(0), 'me/x')
+    for path in ('/paths-info/', '/commit/', '^/repos/'):
+        _stalls(hub_client.hub, monkeypatch, path, lambda: push_to_hub(make_model(1), 'me/x'))
+    push_to_hub(make_model(1), 'me/x')
+
+
+def test_stalls_while_loading(hub_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    push_to_hub(make_model(0), 'me/x')
+    for path in ('/paths-info/', '/resolve/', '^/repos/'):
+        _stalls(hub_client.hub, monkeypatch, path, lambda: load_from_hub('me/x'))
+    assert same(load_from_hub('me/x'), make_model(0))
 
 
 def test_nan_weights(hub_client: Any) -> None:
@@ -361,6 +547,97 @@ def _compiled_inside(model: Any) -> nn.Module:
 
 
 # --- Load -------------------------------------------------------------------------------------------------------------
+
+
+def _swap(path: Path, how: str, tmp_path: Path) -> None:
+    """Puts something else in the place of a file that was checked."""
+    folder = path.parent
+    path.unlink()
+    if how == 'a pickle':
+        torch.save(make_model(7).state_dict(), folder / 'pytorch_model.bin')
+        return
+    other = make_model(7)
+    if how == 'NaN':
+        next(other.parameters()).data.fill_(torch.nan)
+    save_file(other.state_dict(), path)
+
+
+@pytest.mark.parametrize('how', ['other weights', 'NaN', 'a pickle'])
+def test_swapped_after_the_check(how: str, hub_client: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    push_to_hub(make_model(), 'me/x')
+    where: list[Path] = []
+
+    def then_swap(*args: Any, **kwargs: Any) -> Any:
+        found = check_model(*args, **kwargs)
+        where[:] = where or [next(hub_client.cache.rglob('snapshots/*/model.safetensors'))]
+        _swap(where[0], how, tmp_path)
+        return found
+
+    monkeypatch.setattr(load, 'check_model', then_swap)
+    monkeypatch.setattr(folder, 'check_model', then_swap)
+    assert same(load_from_hub('me/x'), make_model())
+    assert not where[0].exists() or how != 'a pickle'
+    where[:] = [save(make_model(), tmp_path / 'model', card=False) / 'model.safetensors']
+    assert same(open_model(tmp_path / 'model'), make_model())
+
+
+def test_flat_config(hub_client: Any, tmp_path: Path) -> None:
+    files = {p.name: p.read_bytes() for p in save(make_model(), tmp_path / 'model').iterdir()}
+    flat = {
+        'architecture': 'simple_cnn_cbam',
+        'num_classes': 3,
+        'num_features': 64,
+        'mean': [0.1, 0.2, 0.3],
+        'std': [0.4, 0.5, 0.6],
+        'input_size': [3, 48, 64],
+        'labels': ['a', 'b', 'c'],
+    }
+    hub_client.hub.create_repo('me/x')
+    hub_client.hub.commit('me/x', {**files, 'config.json': json.dumps(flat).encode()})
+    pull('me/x', tmp_path / 'out')
+    (tmp_path / 'model' / 'config.json').write_text(json.dumps(flat))
+    models: list[Any] = [
+        load_from_hub('me/x'),
+        open_model(tmp_path / 'out'),
+        open_model(tmp_path / 'model'),
+        timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True),
+    ]
+    for model in models:
+        cfg = timm.data.resolve_model_data_config(model)
+        assert (cfg['mean'], cfg['std'], cfg['input_size']) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), (3, 48, 64))
+        assert list(model.pretrained_cfg['label_names']) == ['a', 'b', 'c'] and same(model, make_model())
+
+
+def test_one_door(hub_client: Any, tmp_path: Path) -> None:
+    hub = hub_client.hub
+    good = save(make_model(), tmp_path / 'good')
+    bad = save(make_model(), tmp_path / 'bad')
+    weights = make_model()
+    next(weights.parameters()).data.fill_(torch.inf)
+    save_file(weights.state_dict(), bad / 'model.safetensors')
+    pickled = tmp_path / 'pickled'
+    pickled.mkdir()
+    (pickled / 'config.json').write_bytes((good / 'config.json').read_bytes())
+    torch.save(make_model().state_dict(), pickled / 'pytorch_model.bin')
+    for where in (good, bad, pickled):
+        hub.create_repo(f'me/{where.name}')
+        hub.commit(f'me/{where.name}', {p.name: p.read_bytes() for p in where.iterdir()})
+        for source in (str(where), f'local-dir:{where}', f'hf-hub:me/{where.name}', f'me/{where.name}'):
+            for way in (open_model, load_model):
+                if where is good:
+                    assert same(way(source), make_model())
+                else:
+                    with pytest.raises(HubFileError):
+                        way(source)
+    with pytest.raises(ValueError, match=r'pretrained_strict.*cannot be given'):
+        open_model(good, pretrained_strict=False)
+    with pytest.raises(HubFileError, match=r'is no folder'):
+        open_model('local-dir:nowhere')
+    assert open_model(good, num_classes=7).num_classes == 7
+    huge = make_model()
+    next(huge.parameters()).data.fill_(1e6)
+    with pytest.raises(HubFileError, match=r'once they are float16'):
+        open_model(save(huge, tmp_path / 'huge'), dtype=torch.float16)
 
 
 def test_moved_main(hub_client: Any) -> None:

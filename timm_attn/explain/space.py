@@ -16,7 +16,7 @@ import timm
 from PIL import Image, ImageDraw
 
 from ..files import atomic_dir
-from ..hub.folder import read_folder
+from ..hub.folder import open_folder
 from ..optional import require
 from .images import open_image
 
@@ -70,7 +70,8 @@ def write_space(
         raise ValueError(
             f"'{source}' is no folder, no Hub repository (owner/name) and no registered model: see timm-attn list."
         )
-    name = read_folder(folder)[0].architecture if is_folder else repo.partition('@')[0].rpartition('/')[2]
+    model = open_folder(folder) if is_folder else None
+    name = model.config.architecture if model else repo.partition('@')[0].rpartition('/')[2]
     title = ' '.join((title or f'{name}: where it looks').split())
     for example in map(Path, examples):
         open_image(example)
@@ -106,10 +107,10 @@ def write_space(
                 shutil.copyfile(example, written / 'examples' / f'{i:02d}{example.suffix.lower()}')
         else:
             _draw_examples(written / 'examples')
-        if is_folder:
+        if model:
             (written / 'model').mkdir()
-            for file, path in read_folder(folder)[1].items():
-                shutil.copyfile(path, written / 'model' / file)
+            for file, data in model.files.items():
+                (written / 'model' / file).write_bytes(data)
     return Path(out)
 
 

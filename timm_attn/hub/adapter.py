@@ -16,13 +16,12 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ..files import atomic_write
+from ..files import read_within, settle
 from ..injection import injections
-from ..layers import gain_keys
 from ..models import injected_args
 from .client import HubFileError
 from .config import MAX_CONFIG_BYTES, Config, check_config, encode_config, parse_config
-from .header import check_weights, some
+from .header import check_weights, sha256_of, some
 from .rules import CARD, CONFIG, MAX_HEADER_BYTES
 
 ADAPTER = 'adapter.safetensors'
@@ -73,28 +72,24 @@ def _own_keys(model: Any, keys: list[str]) -> tuple[set[str], set[str]]:
     return {k for k in keys if k.startswith(sites)}, {k for k in keys if names and k.startswith(names)}
 
 
-def save_adapter(
-    model: nn.Module, state_dict: dict[str, Tensor], config: dict[str, Any], folder: Path, base: Base, overwrite: bool
-) -> Path:
-    """Writes an adapter folder; `save(model, folder, adapter=True)` calls it.
+def adapter_files(
+    model: nn.Module, state_dict: dict[str, Tensor], config: dict[str, Any], base: Base
+) -> dict[str, bytes]:
+    """The files of an adapter folder, config.json last; `save(model, folder, adapter=True)` writes them.
 
     Args:
         model: A model that `inject` changed.
         state_dict: Its weights, on the CPU.
         config: Its config.
-        folder: The folder.
         base: The base as it was, a model or a file; None has timm fetch it.
-        overwrite: Replace files.
 
     Raises:
-        ValueError: Nothing was injected, a tensor of the base has moved, or files exist. Nothing was written.
+        ValueError: Nothing was injected, or a tensor of the base has moved.
     """
     if not injections(model):
         raise ValueError(
             f'{type(model).__name__} holds no attention that timm_attn.inject put there: there is no adapter to save.'
         )
-    if not overwrite and (taken := [n for n in (ADAPTER, CONFIG, CARD) if (folder / n).exists()]):
-        raise ValueError(f"'{folder}' already holds {', '.join(taken)}; choose another folder, or pass overwrite=True.")
     args = injected_args(model)
     state = _base_state(args['base'], _base_args(args), base)
     attention, head = _own_keys(model, list(state_dict))
@@ -110,19 +105,12 @@ def save_adapter(
             'save the whole model with adapter=False.'
         )
     kept = {k: state_dict[k] for k in sorted(attention | (head - same))}
-    check_weights(kept, ADAPTER, gain_keys(model))
+    check_weights(kept, model, ADAPTER)
     record = {'base': args['base'], 'sha256': digest({k: state_dict[k] for k in set(state_dict) - set(kept)})}
-    config['timm_attn'] = {**config.get('timm_attn', {}), 'adapter': record}
+    data = safetensors.torch.save(kept, {'format': 'pt'})
+    config['timm_attn'] = {**config.get('timm_attn', {}), 'adapter': record, 'weights_sha256': sha256_of(data)}
     check_config(parse_config(encode_config(config)))
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, data in (
-        (ADAPTER, safetensors.torch.save(kept, {'format': 'pt'})),
-        (CARD, _card(config, args, kept).encode()),
-        (CONFIG, encode_config(config)),
-    ):
-        with atomic_write(folder / name) as path:
-            path.write_bytes(data)
-    return folder
+    return {ADAPTER: data, CARD: _card(config, args, kept).encode(), CONFIG: encode_config(config)}
 
 
 def _card(config: Mapping[str, Any], args: Mapping[str, Any], kept: Mapping[str, Tensor]) -> str:
@@ -150,35 +138,41 @@ def load(directory: str | os.PathLike[str], *, base: Base = None) -> nn.Module:
         HubFileError: A file was refused, or the base is another than the adapter was made on.
     """
     folder = Path(directory)
-    if not (folder / ADAPTER).is_file():
-        from .folder import read_folder
+    if not os.path.lexists(folder / ADAPTER) and not any(folder.glob(f'.commit.*/*{ADAPTER}')):
+        from .load import open_model
 
         if base is not None:
             raise ValueError(f"'{folder}' is no adapter but a whole model: leave out `base`.")
-        read_folder(folder)
-        return timm.create_model(f'local-dir:{folder}', pretrained=True)
-    with (folder / CONFIG).open('rb') as file:
-        data = file.read(MAX_CONFIG_BYTES + 1)
-    config = check_config(parse_config(data), f'{folder / CONFIG}')
+        return open_model(f'local-dir:{folder}')
+    settle(folder)
+    config = check_config(parse_config(_read(folder, CONFIG, MAX_CONFIG_BYTES)), f'{folder / CONFIG}')
     record = config.about.get('adapter')
     if config.architecture != 'injected' or not isinstance(record, dict) or not isinstance(record.get('sha256'), str):
         raise HubFileError(f"'{folder / CONFIG}' does not say which base its adapter is for.")
     return _load_adapter(folder, config, record['sha256'], base)
 
 
+def _read(folder: Path, name: str, max_bytes: int) -> bytes:
+    try:
+        return read_within(folder, name, max_bytes)
+    except (ValueError, FileNotFoundError) as e:
+        raise HubFileError(str(e)) from e
+
+
 def _load_adapter(folder: Path, config: Config, sha256: str, base: Base) -> nn.Module:
     # The base may be any size, the adapter's size is that of a few layers.
     path = folder / ADAPTER
-    if path.stat().st_size > MAX_HEADER_BYTES + (2 << 30):
-        raise HubFileError(f"'{path}' has {path.stat().st_size} bytes, which is no adapter.")
+    data = _read(folder, ADAPTER, MAX_HEADER_BYTES + (2 << 30))
+    if config.about.get('weights_sha256', sha := sha256_of(data)) != sha:
+        raise HubFileError(f"'{folder / CONFIG}' belongs to another adapter: '{path}' has the sha256 {sha}.")
     try:
-        own = safetensors.torch.load(path.read_bytes())
+        own = safetensors.torch.load(data)
     except Exception as e:
         raise HubFileError(f"'{path}' is no safetensors file, or cut short: {str(e)[:200]}") from e
     args = dict(config.model_args)
     name = args.get('base', 'resnet18')
     model: Any = timm.create_model('injected', num_classes=config.num_classes, **args)
-    check_weights(own, str(path), gain_keys(model))
+    check_weights(own, model, str(path))
     state = _base_state(name, _base_args(args), base)
     expected = model.state_dict()
     attention, head = _own_keys(model, sorted(set(expected) | set(own)))

@@ -5,9 +5,11 @@ accuracy from an evaluation record, the citation from the attention's registry e
 The same input gives the same text.
 """
 
-import os
+import bisect
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -15,21 +17,23 @@ from typing import Any, cast
 import timm
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from timm.models import ResNet
 
-from ..files import file_hash
 from ..injection import injections
 from ..layers import get_attn
 from ..measure import count
 from .client import HubFileError
 from .config import MODEL_ARGS, Config, build_meta, check_config
-from .records import METRIC_NAMES
-from .rules import CARD, WEIGHTS
+from .records import METRIC_NAMES, STATUSES
+from .rules import CARD, CONFIG, WEIGHTS, Check, list_of, or_null, text
 
 _TEMPLATE = Path(__file__).with_name('card.md')
 _PROJECT = 'timm_attn'
 _SECTIONS = ('summary', 'details', 'usage', 'training', 'evaluation', 'limits', 'files', 'citation')
-_MARKED = re.compile(r'<!-- timm_attn:begin (\w+) -->\n.*?<!-- timm_attn:end \1 -->', re.DOTALL)
+# More than any card needs; YAML in pure Python reads some 100 KB a second.
+_MAX_YAML, _MAX_DEPTH = 1 << 16, 16
+_MARKER = re.compile(r'<!-- timm_attn:(begin|end) (\w+) -->')
 
 # Identifiers the Hub takes for `license` (validate-yaml has the last word); 'other' needs license_name and
 # license_link.
@@ -47,20 +51,7 @@ _LICENSES = frozenset(
     'pddl unknown other'.split()
 )
 _DATASETS = {'imagenet-1k': 'ILSVRC/imagenet-1k', 'imagenet': 'ILSVRC/imagenet-1k', 'digits': 'sklearn/digits'}
-_KINDS = {
-    'channel-attention': ('se', 'cbam', 'bam', 'gam', 'sk', 'eca', 'srm', 'gsop', 'triplet', 'csa'),
-    'spatial-attention': ('cbam', 'bam', 'gam', 'triplet'),
-    'self-attention': ('csa',),
-}
-_STATUS = {
-    'trained': '**Status: trained.** These weights were trained as the section on training says.',
-    'converted': '**Status: converted.** The numbers are those of {source}; only their names and layout were changed.',
-    'warm start': '**Status: warm start.** This is not a trained attention model: the weights are those of the plain '
-    '{source}, the '
-    "attention is neutral, and the logits equal the plain network's. It is a start for fine-tuning.",
-    'random': '**Status: random.** These weights were never trained: they are good for tests and as a start only.',
-    None: '**Status: not recorded.** Nobody noted how these weights were made.',
-}
+_NO_STATUS = '**Status: not recorded.** Nobody noted how these weights were made.'
 _PROVENANCE = {
     'source': 'Weights from',
     'source_url': 'Source',
@@ -79,15 +70,19 @@ _BIBTEX = {
 _MEASURED = {'co2_eq_emissions'}
 
 
+# What would begin a link, an image, code, HTML or a table cell.
+_MARKDOWN = re.compile(r'[\\`\[\]!|]')
+
+
 def _text(value: Any) -> str:
-    """A foreign value as one line of plain text: no HTML, no markers, no table cells."""
+    """A foreign value as one line of plain text: no HTML, no markers, no links or pictures, no table cells."""
     text = str(value) if not isinstance(value, float) else f'{value:g}'
-    return ' '.join(text.split()).replace('<', '&lt;').replace('|', '\\|')
+    return _MARKDOWN.sub(r'\\\g<0>', ' '.join(text.split())).replace('&', '&amp;').replace('<', '&lt;')
 
 
 def _link(value: Any) -> str:
-    text = _text(value)
-    return f'<{text}>' if re.fullmatch(r'https?://[\w./%~@:=?&+,#-]+', text) else text
+    plain = str(value)
+    return f'<{plain}>' if re.fullmatch(r'https?://[\w./%~@:=?&+,#-]+', plain) else _text(value)
 
 
 def _listing(values: Mapping[str, Any]) -> str:
@@ -118,7 +113,12 @@ def _facts(architecture: str, num_classes: int, args: str, input_size: tuple[int
     """What the model itself says, from the meta device."""
     config = Config(architecture, num_classes, cast(Any, yaml.safe_load(args)))
     model: Any = build_meta(config)
-    facts: dict[str, Any] = count(model, input_size)
+    try:
+        facts: dict[str, Any] = count(model, input_size)
+    except RuntimeError as e:
+        raise HubFileError(
+            f'{CONFIG}: {architecture} cannot take images of {input_size} (channels, rows, columns): {e}'
+        ) from e
     facts['attn'] = getattr(model, 'attn', None)
     facts['attn_args'] = dict(getattr(model, 'attn_args', None) or {})
     facts['num_features'] = getattr(model, 'head_hidden_size', None) or model.num_features
@@ -189,6 +189,18 @@ def _evaluation(records: Sequence[Mapping[str, Any]]) -> str:
     return '\n\n'.join(parts)
 
 
+def attention_tags(attn: str) -> list[str]:
+    """What kinds of attention an attention is, in the words of the Hub's tags.
+
+    Args:
+        attn: One of `list_attn()`.
+    """
+    cls = get_attn(attn).cls
+    axes = {axis for gate in cls.kinds.values() for axis in gate.axes}
+    kinds = {'channel-attention': 'C' in axes, 'spatial-attention': bool(axes & {'H', 'W'})}
+    return list(dict.fromkeys([*(k for k, it_is in kinds.items() if it_is), *cls.keywords]))
+
+
 def _metadata(config: Config, name: str, facts: Mapping[str, Any], old: Mapping[str, Any]) -> ModelCardData:
     about = config.about
     provenance = about.get('provenance', {})
@@ -201,7 +213,7 @@ def _metadata(config: Config, name: str, facts: Mapping[str, Any], old: Mapping[
         extra = {}
     tags = ['timm', _PROJECT, 'resnet' if 'resne' in config.architecture else 'cnn']
     if attn:
-        tags += ['attention', *(k for k, names in _KINDS.items() if attn in names), attn]
+        tags += ['attention', *attention_tags(attn), attn]
     datasets = [d for d in provenance.get('datasets', []) if isinstance(d, str)]
     datasets += [_dataset_id(r) for r in records if '/' in _dataset_id(r) and _dataset_id(r) not in datasets]
     base = provenance.get('base_model')
@@ -303,14 +315,12 @@ def _limits(config: Config, facts: Mapping[str, Any]) -> str:
     return '\n'.join(f'- {line}' for line in lines)
 
 
-def _files(config: Config, weights: Path | None) -> str:
+def _files(config: Config, weights: bytes | None) -> str:
     if weights is None:
         return ''
-    sha256 = file_hash(weights, 'sha256')
-    found: dict[str, Any] = {f'`{WEIGHTS}`': f'{weights.stat().st_size} bytes, sha256 `{sha256}`'}
+    lines = f'- **`{WEIGHTS}`:** {len(weights)} bytes, sha256 `{hashlib.sha256(weights).hexdigest()}`'
     if versions := config.about.get('versions'):
-        found['Written with'] = versions
-    lines = _listing(found)
+        lines += '\n' + _listing({'Written with': versions})
     return f'{lines}\n\nsafetensors only: there is no pickle here, and none is needed.'
 
 
@@ -329,7 +339,7 @@ def _summary(config: Config, facts: Mapping[str, Any]) -> tuple[str, str]:
     status = config.about.get('status')
     provenance = config.about.get('provenance', {})
     source = _text(provenance.get('source') or provenance.get('source_url') or 'the named source')
-    line = _STATUS.get(status, _STATUS[None]).format(source=source)
+    line = f'**Status: {status}.** {STATUSES[status].format(source=source)}' if status else _NO_STATUS
     records = config.about.get('evaluation', [])
     best = [
         f'{_text(METRIC_NAMES.get(k.lower(), k))} {_text(v)} on {_text(r["dataset"])}'
@@ -343,7 +353,7 @@ def _summary(config: Config, facts: Mapping[str, Any]) -> tuple[str, str]:
 def render_card(
     config: Mapping[str, Any] | Config,
     *,
-    weights: str | os.PathLike[str] | None = None,
+    weights: bytes | None = None,
     source: str | None = None,
     old: str | None = None,
     name: str | None = None,
@@ -352,7 +362,7 @@ def render_card(
 
     Args:
         config: A parsed config.json, whose 'timm_attn' section holds status, provenance, training and evaluation.
-        weights: model.safetensors, for its size and sha256.
+        weights: The bytes of model.safetensors, for their number and sha256.
         source: What the snippets give to `timm.create_model`: 'hf-hub:me/x', a name with a tag; None is the folder of
             the card.
         old: The card so far; what stands outside the marked sections and extra metadata are kept.
@@ -406,7 +416,7 @@ def render_card(
         training=_listing(checked.about.get('training', {})),
         evaluation=_evaluation(checked.about.get('evaluation', [])),
         limits=_limits(checked, facts),
-        files=_files(checked, Path(weights) if weights is not None else None),
+        files=_files(checked, weights),
         citation=_citation(facts),
     ).content
     fresh = re.sub(r'\n{3,}', '\n\n', text).rstrip() + '\n'
@@ -414,21 +424,90 @@ def render_card(
 
 
 def split_card(text: str) -> tuple[dict[str, Any], str]:
-    """Metadata and body of a card; metadata that is no YAML mapping is dropped.
+    """Metadata and body of a card. A first block that is no YAML mapping is part of the body: a rule and words.
 
     Args:
         text: README.md.
+
+    Raises:
+        HubFileError: The metadata are no YAML, or more than a card needs; nothing of them is dropped.
     """
     text = text.replace('\r\n', '\n')
-    found = re.match(r'\s*---\n(.*?)\n---[ ]*(?:\n|$)', text, re.DOTALL)
-    if not found:
+    found = REGEX_YAML_BLOCK.search(text)
+    metadata = _load_yaml(found.group(2)) if found else None
+    if found is None or not isinstance(metadata, dict):
         return {}, text
+    _check_metadata(metadata)
+    return metadata, text[found.end() :]
+
+
+def _load_yaml(block: str) -> Any:
+    """YAML from anybody, in bounded time: no aliases, which may stand for billions of values, and little depth."""
+    depth = 0
     try:
-        metadata = yaml.safe_load(found.group(1))
-    except yaml.YAMLError:
-        metadata = None
-    # A first block that is no mapping is a rule of the text and not metadata.
-    return (metadata, text[found.end() :]) if isinstance(metadata, dict) else ({}, text[found.end() :])
+        if len(block) > _MAX_YAML:
+            raise ValueError(f'it has {len(block)} characters; at most {_MAX_YAML} are read')
+        for event in yaml.parse(block, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _MAX_DEPTH or isinstance(event, yaml.AliasEvent):
+                raise ValueError('it has aliases (*name), or more than 16 levels')
+        return yaml.safe_load(block)
+    # What its constructors raise on odd scalars, such as a date with a 13th month, is of many kinds.
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as e:
+        raise HubFileError(
+            f'The metadata at the top of {CARD} cannot be read as YAML ({" ".join(str(e).split())[:300]}): repair '
+            'them, so that nothing is lost.'
+        ) from e
+
+
+def _is_plain(v: Any) -> bool:
+    """Whether YAML gives a value back as it is."""
+    if isinstance(v, dict):
+        return all(isinstance(k, str) and _is_plain(x) for k, x in v.items())
+    return all(map(_is_plain, v)) if isinstance(v, list) else isinstance(v, str | int | float | date | None)
+
+
+# What the Hub is known to ask of metadata (validate-yaml has the last word).
+_TEXTS = or_null(list_of(lambda v: isinstance(v, str) and v != '', 0, 1 << 16))
+_METADATA: dict[str, tuple[Check, str]] = {
+    'tags': (_TEXTS, 'a list of texts'),
+    'datasets': (lambda v: _TEXTS(v) or isinstance(v, str), 'a list of texts'),
+    'metrics': (_TEXTS, 'a list of texts'),
+    'base_model': (lambda v: _TEXTS(v) or isinstance(v, str), 'a text or a list of texts'),
+    'license': (or_null(text(128)), 'a text'),
+    'license_name': (or_null(text(4096)), 'a text'),
+    'license_link': (or_null(text(4096)), 'a text'),
+    'library_name': (or_null(text(128)), 'a text'),
+    'pipeline_tag': (or_null(text(128)), 'a text'),
+}
+_NO_FIELDS = frozenset({'self', 'ignore_metadata_errors', 'eval_results', 'model_name'})
+
+
+def _check_metadata(data: dict[Any, Any]) -> None:
+    for key, value in data.items():
+        if not isinstance(key, str) or key in _NO_FIELDS:
+            raise HubFileError(f'{CARD}: {str(key)[:80]!r} is no name of a field of metadata.')
+        check, rule = _METADATA.get(key, (_is_plain, 'plain values'))
+        if not check(value):
+            raise HubFileError(f'{CARD}: {key} (={str(value)[:80]!r}) must be {rule}.')
+
+
+def _marked(text: str) -> list[tuple[str, int, int]]:
+    """The marked sections of a card: name, start and stop, in one pass. A mark without its partner is mere text."""
+    marks = list(_MARKER.finditer(text))
+    ends: dict[str, list[int]] = {}
+    for mark in marks:
+        if mark.group(1) == 'end':
+            ends.setdefault(mark.group(2), []).append(mark.end())
+    found, stop = [], 0
+    for mark in marks:
+        if mark.group(1) == 'begin' and mark.start() >= stop:
+            name = mark.group(2)
+            following = ends.get(name, [])
+            if (i := bisect.bisect(following, mark.end())) < len(following):
+                stop = following[i]
+                found.append((name, mark.start(), stop))
+    return found
 
 
 def merge_card(fresh: str, body: str) -> str:
@@ -439,18 +518,15 @@ def merge_card(fresh: str, body: str) -> str:
         body: The old card without its metadata. Marked sections are replaced where they stand, those that are new
             follow the section before them, those that no longer apply go; everything else stays.
     """
-    sections = {m.group(1): m.group(0) for m in _MARKED.finditer(fresh)}
+    sections = {name: fresh[start:stop] for name, start, stop in _marked(fresh)}
     head = fresh[: fresh.index('<!-- timm_attn:begin')]
     placed: list[str] = []
-
-    def replace(found: re.Match[str]) -> str:
-        name = found.group(1)
-        if name in placed:
-            return ''
+    parts, end = [], 0
+    for name, start, stop in _marked(body):
+        parts += [body[end:start], '' if name in placed else sections.get(name, '')]
         placed.append(name)
-        return sections.get(name, '')
-
-    body = _MARKED.sub(replace, body)
+        end = stop
+    body = ''.join([*parts, body[end:]])
     before = None
     for name in _SECTIONS:
         if name not in sections:
@@ -478,14 +554,13 @@ def check_card(text: str) -> None:
     Raises:
         HubFileError: Names the field.
     """
-    found = re.match(r'---\n(.*?)\n---\n', text, re.DOTALL)
-    try:
-        data = yaml.safe_load(found.group(1)) if found else None
-        ModelCard(text)
-    except (yaml.YAMLError, ValueError, TypeError, KeyError) as e:
-        raise HubFileError(f'The metadata of {CARD} cannot be read: {e}') from e
-    if not isinstance(data, dict):
+    data, _ = split_card(text)
+    if not data:
         raise HubFileError(f'{CARD} must start with a YAML block of metadata.')
+    try:
+        ModelCard(text)
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as e:
+        raise HubFileError(f'The metadata of {CARD} cannot be read: {e}') from e
     license = data.get('license')
     if license is not None and license not in _LICENSES:
         raise HubFileError(
@@ -496,9 +571,3 @@ def check_card(text: str) -> None:
             f"{CARD}: license 'other' needs license_name and license_link: give "
             f"provenance={{'license': ..., 'license_link': ...}}."
         )
-    for key in ('tags', 'datasets', 'metrics'):
-        if key in data and not (isinstance(data[key], list) and all(isinstance(v, str) and v for v in data[key])):
-            raise HubFileError(f'{CARD}: {key} (={data[key]!r}) must be a list of texts.')
-    for key in ('library_name', 'pipeline_tag'):
-        if key in data and not isinstance(data[key], str):
-            raise HubFileError(f'{CARD}: {key} (={data[key]!r}) must be a text.')

@@ -344,12 +344,12 @@ def as_hub_error(e: Exception, repo_id: str, token: str | bool | None = None) ->
         if inner is not None:
             return inner
     found = _explain(e, repo_id, _hidden(str(e), token))
-    if found is None and isinstance(e, KeyError | TypeError | ValueError | IndexError | AttributeError):
-        if _raised_by_client(e):
-            found = HubError(
-                f'The Hub, or what answers in its place, said something that the client cannot read '
-                f'({type(e).__name__}: {_hidden(str(e), token)}): check HF_ENDPOINT and the proxy.'
-            )
+    unreadable = isinstance(e, KeyError | TypeError | ValueError | IndexError | AttributeError)
+    if found is None and unreadable and _raised_by_client(e):
+        return HubError(
+            f'The Hub, or what answers in its place, said something that the client cannot read '
+            f'({type(e).__name__}: {_hidden(str(e), token)}): check HF_ENDPOINT and the proxy.'
+        )
     return found
 
 

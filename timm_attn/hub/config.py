@@ -19,6 +19,7 @@ from torch import nn
 
 from ..layers import get_attn
 from .client import HubFileError
+from .records import check_about, normalise_descriptions, normalise_labels
 from .rules import (
     CONFIG,
     WEIGHTS,
@@ -50,8 +51,7 @@ def _attn_args(v: Any) -> bool:
 
 
 def _labels(v: Any) -> bool:
-    names = list(v) + list(v.values()) if isinstance(v, dict) else v
-    return isinstance(names, list) and len(names) <= 2 * MAX_CLASSES and all(map(text(1024), names))
+    return isinstance(v, list | dict) and len(v) <= MAX_CLASSES  # what they hold is checked where they are normalised
 
 
 def _paths(v: Any) -> bool:
@@ -195,6 +195,11 @@ PRETRAINED_CFG: dict[str, tuple[Check, str]] = {
 }
 # Fields of timm that make its loader read another file, another repository or a tensor from the config.
 _ELSEWHERE = frozenset({'url', 'file', 'state_dict', 'hf_hub_id', 'hf_hub_filename', 'source'})
+# Fields at the top level that are no part of a pretrained_cfg, also of a flat file.
+_NOT_PREPROCESSING = frozenset(
+    {'architecture', 'num_features', 'num_classes', 'global_pool', 'model_args', 'timm_attn', 'label_names'}
+    | {'label_descriptions'}
+)
 
 
 @dataclass(frozen=True)
@@ -206,8 +211,8 @@ class Config:
         num_classes: Size of the head.
         model_args: Constructor arguments without `num_classes`.
         pretrained_cfg: Preprocessing and provenance, with nothing that points elsewhere.
-        about: Our own section: status, provenance, training, evaluation.
-        raw: The whole file as parsed.
+        about: Our own section: status, provenance, training, evaluation, and the sha256 of the weights it belongs to.
+        raw: The whole file as parsed; a flat one in the form that timm writes now.
     """
 
     architecture: str
@@ -281,6 +286,19 @@ def _check_attentions(args: dict[str, Any], about: Any, where: str) -> None:
             raise HubFileError(f'{where}: {e}{hint}') from e
 
 
+def _pretrained_cfg(found: dict[str, Any], where: str) -> Any:
+    """The part of a config that timm's loader takes for a model's pretrained_cfg."""
+    if 'pretrained_cfg' in found:
+        return found['pretrained_cfg']
+    # An old, flat file: timm takes all of it.
+    flat = {k: v for k, v in found.items() if k not in _NOT_PREPROCESSING}
+    if 'labels' in flat:
+        flat.setdefault('label_names', flat.pop('labels'))
+    if unknown := sorted(set(flat) - set(PRETRAINED_CFG) - _ELSEWHERE):
+        raise HubFileError(f'{where} has no pretrained_cfg, so that all of it is taken for one; it holds {unknown}.')
+    return flat
+
+
 def check_config(found: dict[str, Any], where: str = CONFIG) -> Config:
     """Checks a parsed config.json field by field.
 
@@ -298,12 +316,12 @@ def check_config(found: dict[str, Any], where: str = CONFIG) -> Config:
             "see timm.list_models('*resnet*') after import timm_attn."
         )
     assert isinstance(architecture, str)
-    args = found.get('model_args') or {}
+    args = found.get('model_args', {})
     injected = architecture == 'injected'
     _check(f'{where}: model_args', args, INJECTED_ARGS if injected else MODEL_ARGS)
     if injected:
         _check_attentions(args, found.get('timm_attn'), where)
-    cfg = found.get('pretrained_cfg') or {}
+    cfg = _pretrained_cfg(found, where)
     if isinstance(cfg, dict):
         if away := sorted(k for k in _ELSEWHERE & set(cfg) if cfg[k]):
             raise HubFileError(
@@ -327,21 +345,25 @@ def check_config(found: dict[str, Any], where: str = CONFIG) -> Config:
         raise HubFileError(f'{where}: num_classes must be given, once or everywhere the same; got {counts}.')
     num_classes = next(iter(counts.values()))
     cfg = {k: v for k, v in cfg.items() if k not in ('architecture', 'num_classes')}
-    for name in ('label_names', 'label_descriptions'):
-        labels = found.get(name, cfg.get(name))
-        if labels is not None and not _labels(labels):
-            raise HubFileError(f'{where}: {name} must hold texts of at most 1024 characters.')
-        if name == 'label_names' and labels is not None and len(labels) != num_classes:
-            raise HubFileError(f'{where}: label_names has {len(labels)} names, but there are {num_classes} classes.')
-        if labels is not None:
-            cfg[name] = labels
-    about = found.get('timm_attn') or {}
-    if not isinstance(about, dict):
-        raise HubFileError(f'{where}: timm_attn must be an object, but is a {type(about).__name__}.')
+    names = found.get('label_names', cfg.pop('label_names', None))
+    descriptions = found.get('label_descriptions', cfg.pop('label_descriptions', None))
+    try:
+        if names is not None:
+            cfg['label_names'] = names = normalise_labels(names, num_classes)
+        if descriptions := normalise_descriptions(descriptions, names):
+            cfg['label_descriptions'] = descriptions
+    except ValueError as e:
+        raise HubFileError(f'{where}: {e}') from e
+    about = check_about(found.get('timm_attn'), where)
     args = {k: v for k, v in args.items() if k != 'num_classes'}
     chans, size = args.get('in_chans', 3), cfg.get('input_size')
     if size is not None and size[0] != chans:
         raise HubFileError(f'{where}: pretrained_cfg.input_size (={size}) must start with in_chans (={chans}).')
+    if 'pretrained_cfg' not in found:
+        # In the form that timm writes, so that whatever else stands in a flat file is no trouble to its reader.
+        inner = {k: v for k, v in cfg.items() if k not in ('label_names', 'label_descriptions')}
+        found = {k: v for k, v in found.items() if k in _NOT_PREPROCESSING} | {'pretrained_cfg': inner}
+        found |= {k: v for k, v in cfg.items() if k in ('label_names', 'label_descriptions')}
     return Config(architecture, num_classes, args, cfg, about, found)
 
 

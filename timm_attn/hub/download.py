@@ -1,5 +1,6 @@
 """Files from the Hub at one commit, each checked against the checksum that the Hub keeps for it."""
 
+import hashlib
 import logging
 import os
 import re
@@ -11,7 +12,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile
 
-from ..files import atomic_write, file_hash, git_sha1
+from ..files import atomic_write, git_sha1
 from .client import HubError, HubFileError, call
 
 _logger = logging.getLogger(__name__)
@@ -57,14 +58,14 @@ def _storage(repo_id: str, cache_dir: str | os.PathLike[str] | None) -> Path:
     return root / repo_folder_name(repo_id=repo_id, repo_type='model')
 
 
-def checksum(path: Path, like: str) -> str:
-    """The checksum of a file in the form of another one.
+def checksum(data: bytes, like: str) -> str:
+    """The checksum of a file's bytes in the form of another one.
 
     Args:
-        path: The file.
+        data: The bytes.
         like: A sha256 or git blob id.
     """
-    return file_hash(path, 'sha256') if len(like) == 64 else git_sha1(path)
+    return hashlib.sha256(data).hexdigest() if len(like) == 64 else git_sha1(data)
 
 
 def remote_files(api: HfApi, repo_id: str, commit: str, names: Sequence[str]) -> dict[str, RemoteFile]:
@@ -181,8 +182,8 @@ def fetch(
     *,
     max_bytes: int,
     cache_dir: str | os.PathLike[str] | None = None,
-) -> Path:
-    """One file of a snapshot, from the cache or the Hub, with the checksum the Hub keeps for it.
+) -> bytes:
+    """The bytes of one file of a snapshot, from the cache or the Hub, with the checksum the Hub keeps for them.
 
     A file whose bytes differ (flipped on the way, or altered in the cache) is deleted and fetched once more.
 
@@ -205,9 +206,12 @@ def fetch(
         raise HubFileError(f'{where} has {remote.size} bytes; at most {max_bytes} are expected.')
     for last in (False, True):
         path = _download(api, snapshot, name, cache_dir)
-        if path.stat().st_size > max_bytes:
+        # Read once: what is checked here is what is used, whatever becomes of the file in the cache.
+        with path.open('rb') as file:
+            data = file.read() if os.fstat(file.fileno()).st_size <= max_bytes else None
+        if data is None:
             _forget(path)
-            raise HubFileError(f'{where} has {path.stat().st_size} bytes; at most {max_bytes} are expected.')
+            raise HubFileError(f'{where} has more than {max_bytes} bytes, which are expected at most.')
         expected = remote.checksum if remote is not None else _kept_checksum(path)
         if expected is None:
             raise HubFileError(
@@ -215,9 +219,9 @@ def fetch(
                 f'the Hub can be '
                 'reached.'
             )
-        found = checksum(path, expected)
+        found = checksum(data, expected)
         if found == expected:
-            return path
+            return data
         _forget(path)
         if last or snapshot.offline:
             break

@@ -2,10 +2,10 @@
 
 import json
 import os
-import shutil
 import struct
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,20 +16,32 @@ import torch
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from ..files import atomic_write
+from ..files import atomic_files, read_within, settle
 from ..injection import injections
-from ..layers import gain_keys, package_of
+from ..layers import package_of
 from ..models import injected_args
 from ..version import package_version
-from .adapter import save_adapter
+from .adapter import adapter_files
 from .card import check_card, render_card
 from .client import HubFileError
-from .config import Config, build_meta, check_config, encode_config, parse_config
-from .header import check_header, check_weights, read_header
-from .records import add_evaluation, normalise_evaluation
-from .rules import CARD, CONFIG, WEIGHTS
+from .config import MAX_CONFIG_BYTES, Config, build_meta, check_config, encode_config, parse_config
+from .header import read_weights, sha256_of
+from .records import (
+    STATUSES,
+    Evaluation,
+    Provenance,
+    Training,
+    add_evaluation,
+    normalise_descriptions,
+    normalise_evaluation,
+    normalise_labels,
+)
+from .rules import CARD, CONFIG, MAX_CARD_BYTES, WEIGHTS
 
-STATUSES = ('trained', 'converted', 'warm start', 'random')
+# The order in which the files of a model take their places; without the last one, nobody reads the others.
+MODEL_FILES = (WEIGHTS, CARD, CONFIG)
+Labels = Sequence[str] | Mapping[int, str] | Mapping[str, str]
+EvaluationLike = Evaluation | Mapping[str, Any] | Sequence[Evaluation | Mapping[str, Any]] | None
 # What a folder may hold besides the three files and is pushed with them: pictures that a card shows, and the recipe.
 _EXTRAS = ('*.png', 'recipe.yaml')
 _MAX_EXTRA_BYTES = 10 << 20
@@ -121,12 +133,26 @@ def _status(status: str | None, about: Mapping[str, Any], state_dict: Mapping[st
     return 'random' if status is None and _never_trained(state_dict) else status
 
 
+def _labels(cfg: Mapping[str, Any], label_names: Labels | None, num_classes: int) -> dict[str, Any]:
+    """Names of the classes and their descriptions, which stay with the names that they are about."""
+    own = cfg.get('label_names')
+    names = own if label_names is None and own and len(own) == num_classes else label_names
+    if names is None:
+        return {}
+    names = normalise_labels(names, num_classes)
+    found: dict[str, Any] = {'label_names': names}
+    same = own and len(own) == num_classes and normalise_labels(own, num_classes) == names
+    if same and (descriptions := normalise_descriptions(cfg.get('label_descriptions'), names)):
+        found['label_descriptions'] = descriptions
+    return found
+
+
 def make_config(
     model: nn.Module,
     *,
     status: str | None = None,
     about: Mapping[str, Any] | None = None,
-    label_names: Sequence[str] | Mapping[str, str] | None = None,
+    label_names: Labels | None = None,
     license: str | None = None,
     data_config: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -137,8 +163,8 @@ def make_config(
     Args:
         model: A model that timm can create by name.
         status: One of `STATUSES`, None where it is not known.
-        about: Our section: provenance, training, evaluation, versions.
-        label_names: Names of the classes by index.
+        about: Our section: provenance, training, evaluation, versions, sha256 of the weights.
+        label_names: Names of the classes by index; a mapping has the indices as its keys.
         license: Licence of the weights.
         data_config: Preprocessing the weights were trained with, as timm's data config.
 
@@ -152,12 +178,7 @@ def make_config(
             f'A {type(model).__name__} that timm.create_model did not make has no name to rebuild it by: '
             "save a model from timm.create_model, such as 'cbam_resnet50', or one that attention was injected into."
         )
-    own = {'pretrained_cfg': {}}
-    if label_names is not None:
-        labels = dict(label_names) if isinstance(label_names, Mapping) else list(label_names)
-        own['label_names'] = cast(Any, labels)
-    elif cfg.get('label_names') and len(cfg['label_names']) == getattr(model, 'num_classes', None):
-        own['label_names'] = cfg['label_names']
+    own: dict[str, Any] = {'pretrained_cfg': {}, **_labels(cfg, label_names, getattr(model, 'num_classes', 0))}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / CONFIG
         save_config_for_hf(model, str(path), model_config=own, data_config=dict(data_config) if data_config else None)
@@ -196,10 +217,10 @@ def save(
     base: Any = None,
     overwrite: bool = False,
     card: bool = True,
-    eval_results: Any = None,
-    label_names: Sequence[str] | Mapping[str, str] | None = None,
-    provenance: Mapping[str, Any] | None = None,
-    training: Mapping[str, Any] | None = None,
+    eval_results: EvaluationLike = None,
+    label_names: Labels | None = None,
+    provenance: Provenance | Mapping[str, Any] | None = None,
+    training: Training | Mapping[str, Any] | None = None,
     status: str | None = None,
     license: str | None = None,
     data_config: Mapping[str, Any] | None = None,
@@ -218,14 +239,13 @@ def save(
         base: For an adapter: the base's weights, a model or a file; None has timm fetch them.
         overwrite: Replace the three files where they exist.
         card: Write README.md.
-        eval_results: What was measured: a dict with 'dataset', optional 'dataset_id', 'split', 'n', 'protocol',
-            'source_name', 'source_url', and 'metrics' {name: value in percent}, or a list of such dicts. Without it
-            the card names no accuracy.
-        label_names: Names of the classes by index.
-        provenance: Where the weights come from: 'source', 'source_url', 'sha256', 'license', 'datasets', 'base_model',
-            ...
-        training: How they were trained: 'data', 'epochs', 'optimizer', 'seed', 'hardware', 'seconds', ...
-        status: 'trained', 'converted', 'warm start' or 'random'; found from the other arguments where it can be.
+        eval_results: What was measured: an `Evaluation`, a mapping of its fields, or a list of them. Without it the
+            card names no accuracy.
+        label_names: Names of the classes by index; a mapping has the indices as its keys. Without them those that the
+            model was loaded with, if it still has as many classes.
+        provenance: Where the weights come from: a `Provenance` or a mapping of its fields.
+        training: How they were trained: a `Training` or a mapping of its fields.
+        status: One of `STATUSES`; found from the other arguments where it can be.
         license: Licence of the weights, such as 'apache-2.0'; None leaves it out.
         data_config: Preprocessing the weights were trained with, as timm's data config.
 
@@ -233,23 +253,21 @@ def save(
         The folder.
 
     Raises:
-        ValueError: The files exist, the model cannot be rebuilt from a config, or a record is not plain JSON. Nothing
-            was written.
+        ValueError: The files exist, the model cannot be rebuilt from a config, or a record has an unknown
+            field. Nothing was written.
         HubFileError: The weights hold NaN, or do not fit what the config builds.
     """
     folder = Path(directory)
-    names = [] if adapter else [WEIGHTS, CONFIG, *([CARD] if card else [])]
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"'{folder}' is a file; a folder is written here: choose another name.")
-    if not overwrite and (taken := [n for n in names if (folder / n).exists()]):
-        raise ValueError(f"'{folder}' already holds {', '.join(taken)}; choose another folder, or pass overwrite=True.")
     model = unwrap(model)
     state_dict = portable_state_dict(model)
-    check_weights(state_dict, gains=frozenset(k.replace('_orig_mod.', '') for k in gain_keys(model)))
-    origin: dict[str, Any] = _plain(dict(provenance or {}), 'provenance')
+    origin = Provenance.of(provenance).to_dict()
+    metadata = {'format': 'pt'} | ({'timm_attn': json.dumps(origin, sort_keys=True)} if origin else {})
+    weights = _serialise(state_dict, metadata)
     about: dict[str, Any] = {
         'provenance': origin,
-        'training': _plain(dict(training or {}), 'training'),
+        'training': Training.of(training).to_dict(),
         'evaluation': normalise_evaluation(eval_results),
         'versions': {
             'timm_attn': package_version(),
@@ -257,6 +275,7 @@ def save(
             'torch': torch.__version__.split('+')[0],
             'safetensors': safetensors.__version__,
         },
+        'weights_sha256': sha256_of(weights),
     }
     status = _status(status, about, state_dict)
     license = license or origin.get('license')
@@ -264,39 +283,173 @@ def save(
         model, status=status, about=about, label_names=label_names, license=license, data_config=data_config
     )
     if adapter:
-        return save_adapter(model, state_dict, config, folder, base, overwrite)
-    checked = _own_config(config)
-    meta = build_meta(checked)
-    metadata = {'format': 'pt'}
-    if origin:
-        metadata['timm_attn'] = json.dumps(origin, sort_keys=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    data = _serialise(state_dict, metadata)
-    with tempfile.TemporaryDirectory(prefix='.save.', dir=folder) as temporary:
-        weights = Path(temporary) / WEIGHTS
-        weights.write_bytes(data)
-        try:
-            check_header(read_header(weights), meta)
-        except HubFileError as e:
-            raise HubFileError(
-                f'{e}. A model changed after timm.create_model made it cannot be rebuilt from its name: create the '
-                f'one that has '
-                'these layers, such as cbam_resnet50.'
-            ) from e
-        old = (folder / CARD).read_text(encoding='utf-8') if (folder / CARD).exists() else None
-        text = render_card(config, weights=weights, old=old) if card else ''
-        with atomic_write(folder / CONFIG) as path:
-            path.write_bytes(encode_config(config))
-        os.replace(weights, folder / WEIGHTS)
-    # mkstemp's files are for their owner only; a model is as readable as anything else that is written here.
-    if card:
-        with atomic_write(folder / CARD) as path:
-            path.write_text(text, encoding='utf-8')
+        files = adapter_files(model, state_dict, config, base)
+        with atomic_files(folder, tuple(files)) as (prepared, cut_off):
+            write_model(files, folder, prepared, overwrite, cut_off)
+        return folder
+    meta = build_meta(check_config(parse_config(encode_config(config))))
+    try:
+        read_weights(weights, meta)
+    except HubFileError as e:
+        if 'does not fit' not in str(e):
+            raise
+        raise HubFileError(
+            f'{e}. A model changed after timm.create_model made it cannot be rebuilt from its name: create the one '
+            'that has these layers, such as cbam_resnet50.'
+        ) from e
+    with atomic_files(folder, MODEL_FILES) as (prepared, cut_off):
+        files = {WEIGHTS: weights, CONFIG: encode_config(config)}
+        if card:
+            files[CARD] = render_card(config, weights=weights, old=_old_card(folder)).encode()
+        write_model(files, folder, prepared, overwrite, cut_off)
     return folder
 
 
-def _own_config(config: dict[str, Any]) -> Config:
-    return check_config(parse_config(encode_config(config)))
+def _old_card(folder: Path) -> str | None:
+    return decode_card(_read(folder, CARD, MAX_CARD_BYTES)) if os.path.lexists(folder / CARD) else None
+
+
+def decode_card(data: bytes) -> str:
+    """The text of a card.
+
+    Args:
+        data: README.md.
+
+    Raises:
+        HubFileError: It is no UTF-8, so that words would be lost.
+    """
+    try:
+        return data.decode('utf-8-sig')
+    except UnicodeDecodeError as e:
+        raise HubFileError(f'{CARD} is no UTF-8 ({e}): save it as UTF-8, so that nothing of it is lost.') from e
+
+
+def write_model(
+    files: Mapping[str, bytes], folder: Path, prepared: Path, overwrite: bool, cut_off: bool = False
+) -> None:
+    """Prepares the files of a model to take their places in a folder, inside `atomic_files`.
+
+    Where an earlier process was cut off with exactly these files, nothing is left to do.
+
+    Args:
+        files: Name -> content.
+        folder: The folder.
+        prepared: What `atomic_files` yielded.
+        overwrite: Replace files that exist.
+        cut_off: What `atomic_files` yielded.
+
+    Raises:
+        ValueError: A file exists.
+    """
+    taken = [n for n in files if os.path.lexists(folder / n)]
+    if taken and not overwrite:
+        if cut_off and all(_holds(folder / n, data) for n, data in files.items()):
+            return
+        raise ValueError(
+            f"'{folder}' already holds {', '.join(taken)}; choose another folder, or pass overwrite=True (--overwrite)."
+        )
+    for name, data in files.items():
+        (prepared / name).write_bytes(data)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    return path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model as files that were read once and checked: what is checked is what is used.
+
+    Args:
+        config: The checked config.
+        meta: What it builds, on the meta device.
+        weights: Tensors by name.
+        files: Name -> content.
+    """
+
+    config: Config
+    meta: nn.Module
+    weights: dict[str, Tensor]
+    files: dict[str, bytes]
+
+
+def check_model(config: bytes, weights: bytes, where: str = '') -> ModelFiles:
+    """Checks the two files that make a model, and that they belong together.
+
+    Args:
+        config: config.json.
+        weights: model.safetensors.
+        where: Where they are, for messages.
+
+    Raises:
+        HubFileError: One is malformed, or does not fit the other.
+    """
+    at = f' {where}' if where else ''
+    found = check_config(parse_config(config, f'{CONFIG}{at}'), f'{CONFIG}{at}')
+    meta = build_meta(found, f'{CONFIG}{at}')
+    tensors = read_weights(weights, meta, f'{WEIGHTS}{at}')
+    expected = found.about.get('weights_sha256')
+    if expected is not None and expected != (actual := sha256_of(weights)):
+        raise HubFileError(
+            f'{CONFIG}{at} belongs to other weights: it names the sha256 {expected}, and {WEIGHTS} has {actual}. '
+            'One of the two was replaced without the other: write both again.'
+        )
+    return ModelFiles(found, meta, tensors, {CONFIG: config, WEIGHTS: weights})
+
+
+def open_folder(directory: str | os.PathLike[str]) -> ModelFiles:
+    """Reads a model folder once, and checks it as strictly as a repository from the Hub.
+
+    A save that was cut off is brought to its end first. Links that lead out of the folder are refused.
+
+    Args:
+        directory: A folder with model.safetensors and config.json.
+
+    Raises:
+        HubFileError: A file is missing, malformed, or does not fit the others.
+    """
+    folder = Path(directory)
+    config = b''
+    while True:
+        _finish(folder)
+        if missing := [n for n in (CONFIG, WEIGHTS) if not os.path.lexists(folder / n)]:
+            raise HubFileError(
+                f"'{folder}' has no {' and no '.join(missing)}: write it with timm_attn.save(model, directory)."
+            )
+        before, config = config, _read(folder, CONFIG, MAX_CONFIG_BYTES)
+        weights = _read(folder, WEIGHTS)
+        try:
+            model = check_model(config, weights, f"of '{folder}'")
+            break
+        except HubFileError:
+            # Somebody may have replaced the model between the two reads: then there is another config.json now.
+            if before == config or _read(folder, CONFIG, MAX_CONFIG_BYTES) == config:
+                raise
+    extras = [p.name for pattern in _EXTRAS for p in sorted(folder.glob(pattern))]
+    for name in [CARD, *extras] if os.path.lexists(folder / CARD) else extras:
+        model.files[name] = _read(folder, name, MAX_CARD_BYTES if name == CARD else _MAX_EXTRA_BYTES)
+    return model
+
+
+def _finish(folder: Path) -> None:
+    try:
+        settle(folder)
+    except OSError as e:
+        raise HubFileError(
+            f"'{folder}' was being written when that was cut off, and cannot be brought into order ({e}): "
+            'run the same command again.'
+        ) from e
+
+
+def _read(folder: Path, name: str, max_bytes: int | None = None) -> bytes:
+    try:
+        return read_within(folder, name, max_bytes)
+    except FileNotFoundError:
+        raise HubFileError(
+            f"'{folder}' has no {name}: it was there a moment ago; run the same command again."
+        ) from None
+    except ValueError as e:
+        raise HubFileError(str(e)) from e
 
 
 def read_folder(directory: str | os.PathLike[str]) -> tuple[Config, dict[str, Path]]:
@@ -311,50 +464,8 @@ def read_folder(directory: str | os.PathLike[str]) -> tuple[Config, dict[str, Pa
     Raises:
         HubFileError: A file is missing, malformed, or does not fit the others.
     """
-    folder = Path(directory)
-    if missing := [n for n in (CONFIG, WEIGHTS) if not (folder / n).is_file()]:
-        raise HubFileError(
-            f"'{folder}' has no {' and no '.join(missing)}: write it with timm_attn.save(model, directory)."
-        )
-    config = check_config(parse_config(_bounded(folder / CONFIG)), f'{folder / CONFIG}')
-    meta = build_meta(config)
-    check_header(read_header(folder / WEIGHTS), meta)
-    check_weights(safetensors.torch.load_file(folder / WEIGHTS), gains=gain_keys(meta))
-    files = {n: folder / n for n in (CONFIG, WEIGHTS, CARD) if (folder / n).is_file()}
-    for pattern in _EXTRAS:
-        for path in sorted(folder.glob(pattern)):
-            if path.stat().st_size > _MAX_EXTRA_BYTES:
-                raise HubFileError(
-                    f'{path} has more than {_MAX_EXTRA_BYTES >> 20} MiB: make it smaller or move it away.'
-                )
-            files[path.name] = path
-    return config, files
-
-
-def _bounded(path: Path) -> bytes:
-    with path.open('rb') as file:
-        return file.read((1 << 20) + 1)
-
-
-def copy_files(files: Mapping[str, Path], directory: str | os.PathLike[str], overwrite: bool = False) -> Path:
-    """Copies checked files into a folder, each under a temporary name first.
-
-    Args:
-        files: Name in the folder -> file.
-        directory: The folder.
-        overwrite: Replace files that exist.
-
-    Raises:
-        ValueError: A file exists.
-    """
-    folder = Path(directory)
-    if not overwrite and (taken := [n for n in files if (folder / n).exists()]):
-        raise ValueError(f"'{folder}' already holds {', '.join(taken)}; choose another folder, or pass --overwrite.")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, source in files.items():
-        with atomic_write(folder / name) as path:
-            shutil.copyfile(source, path)
-    return folder
+    model = open_folder(directory)
+    return model.config, {name: Path(directory) / name for name in model.files}
 
 
 def card_of_folder(
@@ -371,15 +482,13 @@ def card_of_folder(
     Raises:
         HubFileError: The folder is no model folder.
     """
-    config, files = read_folder(directory)
-    raw = add_evaluation(config.raw, eval_results)
-    old = files[CARD].read_text(encoding='utf-8') if CARD in files else None
-    text = render_card(raw, weights=files[WEIGHTS], source=source, old=old)
+    model, folder = open_folder(directory), Path(directory)
+    raw = add_evaluation(model.config.raw, eval_results)
+    files = {CONFIG: encode_config(raw)} if raw != model.config.raw else {}
+    old = decode_card(model.files[CARD]) if CARD in model.files else None
+    text = render_card(raw, weights=model.files[WEIGHTS], source=source, old=old)
     check_card(text)
     if write:
-        if raw != config.raw:
-            with atomic_write(Path(directory) / CONFIG) as path:
-                path.write_bytes(encode_config(raw))
-        with atomic_write(Path(directory) / CARD) as path:
-            path.write_text(text, encoding='utf-8')
+        with atomic_files(folder, MODEL_FILES) as (prepared, _):
+            write_model({**files, CARD: text.encode()}, folder, prepared, overwrite=True)
     return text

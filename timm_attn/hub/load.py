@@ -4,16 +4,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import timm
 from huggingface_hub import HfApi
 from torch import nn
 
-from .client import hub_api, retry, timeouts
-from .config import MAX_CONFIG_BYTES, Config, build_meta, check_config, layer_names, parse_config
+from ..files import atomic_files
+from ..weights.check import check_values
+from .client import HubFileError, hub_api, retry, timeouts
+from .config import MAX_CONFIG_BYTES, build_meta, check_config, encode_config, layer_names, parse_config
 from .download import Snapshot, fetch, remember, resolve
-from .folder import copy_files
-from .header import check_header, check_weights, read_header
+from .folder import MODEL_FILES, ModelFiles, check_model, open_folder, write_model
 from .rules import CARD, CONFIG, MAX_CARD_BYTES, WEIGHTS, check_repo_id
 
 # Arguments of timm.create_model that would load something else, or less.
@@ -30,18 +30,19 @@ _UNDOING = frozenset(
 
 
 def _fetch_model(
-    api: HfApi, repo_id: str, revision: str | None, cache_dir: str | os.PathLike[str] | None
-) -> tuple[Snapshot, Config, nn.Module, Path]:
+    api: HfApi, repo_id: str, revision: str | None, cache_dir: str | os.PathLike[str] | None, card: bool = False
+) -> tuple[Snapshot, ModelFiles]:
     snapshot = resolve(api, repo_id, revision, (CONFIG, WEIGHTS, CARD), cache_dir)
-    where = f"{CONFIG} of '{repo_id}' at {snapshot.commit[:12]}"
-    path = fetch(api, snapshot, CONFIG, max_bytes=MAX_CONFIG_BYTES, cache_dir=cache_dir)
-    config = check_config(parse_config(path.read_bytes(), where), where)
-    meta = build_meta(config, where)
+    where = f"of '{repo_id}' at {snapshot.commit[:12]}"
+    config = fetch(api, snapshot, CONFIG, max_bytes=MAX_CONFIG_BYTES, cache_dir=cache_dir)
+    meta = build_meta(check_config(parse_config(config, f'{CONFIG} {where}'), f'{CONFIG} {where}'))
     # No dtype that is read has more than 8 bytes a number, and a header has at most 25 MB.
     largest = 8 * sum(v.numel() for v in meta.state_dict().values()) + 25_000_000
-    path = fetch(api, snapshot, WEIGHTS, max_bytes=largest, cache_dir=cache_dir)
-    check_header(read_header(path), meta, f"{WEIGHTS} of '{repo_id}' at {snapshot.commit[:12]}")
-    return snapshot, config, meta, path
+    weights = fetch(api, snapshot, WEIGHTS, max_bytes=largest, cache_dir=cache_dir)
+    model = check_model(config, weights, where)
+    if card and CARD in snapshot.files:
+        model.files[CARD] = fetch(api, snapshot, CARD, max_bytes=MAX_CARD_BYTES, cache_dir=cache_dir)
+    return snapshot, model
 
 
 def _parse_source(repo_id: str, revision: str | None) -> tuple[str, str | None]:
@@ -83,34 +84,66 @@ def load_from_hub(
         HubError: The Hub or the way to it failed and the cache cannot help.
     """
     repo_id, revision = _parse_source(repo_id, revision)
-    if undoing := sorted(_UNDOING & set(kwargs)):
-        raise ValueError(f'{undoing} cannot be given here: the weights are those of {repo_id}.')
+    _check_kwargs(kwargs, repo_id)
     api = hub_api(token)
     with timeouts():
-        snapshot, config, meta, path = retry(
-            'load', repo_id, api.token, lambda: _fetch_model(api, repo_id, revision, cache_dir)
-        )
-    check_weights(safetensors.torch.load_file(path), f"{WEIGHTS} of '{repo_id}' at {snapshot.commit[:12]}")
+        snapshot, model = retry('load', repo_id, api.token, lambda: _fetch_model(api, repo_id, revision, cache_dir))
     remember(snapshot, cache_dir)
-    return _build(config, meta, path, f'{repo_id}@{snapshot.commit}', kwargs)
+    return _build(model, kwargs, {'hf_hub_id': f'{repo_id}@{snapshot.commit}', 'source': 'hf-hub'})
 
 
-def _build(config: Config, meta: nn.Module, weights: Path, source: str, kwargs: dict[str, Any]) -> nn.Module:
+def open_model(source: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
+    """Loads a model from wherever it is, with all checks of `load_from_hub`: the one door for foreign files.
+
+    Args:
+        source: A model folder ('out/x' or 'local-dir:out/x'), or a repository ('me/x' or 'hf-hub:me/x@REVISION').
+        **kwargs: For `timm.create_model`: `num_classes`, `in_chans`, `features_only`, `drop_rate`, ...; for a
+            repository also those of `load_from_hub`.
+
+    Returns:
+        The model, with its weights.
+
+    Raises:
+        ValueError: `source` is neither folder nor repository, or an argument could undo the checks.
+        HubFileError: A file was refused.
+        HubError: The Hub or the way to it failed and the cache cannot help.
+    """
+    text = os.fspath(source)
+    folder = Path(text.removeprefix('local-dir:'))
+    if text.startswith('local-dir:') or folder.is_dir():
+        if not folder.is_dir():
+            raise HubFileError(f"'{folder}' is no folder: write a model there with timm_attn.save(model, directory).")
+        _check_kwargs(kwargs, text)
+        return _build(open_folder(folder), kwargs, {'file': str(folder), 'source': 'local-dir'})
+    return load_from_hub(text, **kwargs)
+
+
+def _check_kwargs(kwargs: dict[str, Any], source: str) -> None:
+    if undoing := sorted(_UNDOING & set(kwargs)):
+        raise ValueError(f'{undoing} cannot be given here: the weights are those of {source}.')
+
+
+def _build(files: ModelFiles, kwargs: dict[str, Any], source: dict[str, str]) -> nn.Module:
     # The file has all keys and shapes of the model in the config, so that what timm leaves out from here on is exactly
     # what the caller's own arguments replace: the head for other classes, the first convolution for other channels.
+    config = files.config
+    if dtype := kwargs.get('dtype'):
+        try:
+            check_values(files.weights, {k: v.to(dtype) for k, v in files.meta.state_dict().items()})
+        except ValueError as e:
+            raise HubFileError(f'{WEIGHTS}: {e}') from e
     cfg = {
         **config.pretrained_cfg,
-        **layer_names(meta),
+        **layer_names(files.meta),
         'architecture': config.architecture,
         'num_classes': config.num_classes,
-        'file': str(weights.parent),
-        'source': 'local-dir',
+        'state_dict': files.weights,
     }
     model: Any = timm.create_model(
         config.architecture, pretrained=True, pretrained_cfg=cfg, **{**config.model_args, **kwargs}
     )
-    cfg = {k: v for k, v in model.pretrained_cfg.items() if k != 'file'}
-    model.pretrained_cfg = model.default_cfg = {**cfg, 'hf_hub_id': source, 'source': 'hf-hub'}
+    cfg = {k: v for k, v in model.pretrained_cfg.items() if k != 'state_dict'}
+    model.pretrained_cfg = model.default_cfg = {**cfg, **source}
     return model
 
 
@@ -144,17 +177,14 @@ def pull(
     repo_id, revision = _parse_source(repo_id, revision)
     api = hub_api(token)
 
-    def work() -> tuple[Snapshot, dict[str, Path]]:
-        snapshot, _, _, weights = _fetch_model(api, repo_id, revision, cache_dir)
-        check_weights(safetensors.torch.load_file(weights), f"{WEIGHTS} of '{repo_id}'")
-        config = fetch(api, snapshot, CONFIG, max_bytes=MAX_CONFIG_BYTES, cache_dir=cache_dir)
-        files = {WEIGHTS: weights, CONFIG: config}
-        if CARD in snapshot.files:
-            files[CARD] = fetch(api, snapshot, CARD, max_bytes=MAX_CARD_BYTES, cache_dir=cache_dir)
-        return snapshot, files
-
     with timeouts():
-        snapshot, files = retry('pull', repo_id, api.token, work)
+        snapshot, model = retry(
+            'pull', repo_id, api.token, lambda: _fetch_model(api, repo_id, revision, cache_dir, card=True)
+        )
     remember(snapshot, cache_dir)
-    copy_files(files, directory, overwrite)
+    # A flat config.json in the form that timm's own reader takes whatever stands in it.
+    if 'pretrained_cfg' not in parse_config(model.files[CONFIG]):
+        model.files[CONFIG] = encode_config(model.config.raw)
+    with atomic_files(directory, MODEL_FILES) as (prepared, cut_off):
+        write_model(model.files, Path(directory), prepared, overwrite, cut_off)
     return snapshot.commit

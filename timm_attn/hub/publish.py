@@ -16,6 +16,7 @@ from .card import check_card, render_card
 from .client import HubError
 from .config import check_config
 from .push import push_to_hub
+from .records import Provenance
 
 _logger = logging.getLogger(__name__)
 # Licences that let anybody pass the weights on, given that the card names them.
@@ -51,22 +52,21 @@ class Published:
     note: str = ''
 
 
-def provenance_of(tag: Tag) -> dict[str, Any]:
+def provenance_of(tag: Tag) -> Provenance:
     """Where the weights of a tag come from, for config.json and the card.
 
     Args:
         tag: A row of the weights table.
     """
     hub = f'https://huggingface.co/{tag.hf_hub_id}' if tag.hf_hub_id else ''
-    found = {
-        'source': tag.hf_hub_id or tag.source,
-        'source_url': tag.url or hub,
-        'sha1': tag.sha,
-        'license': tag.licence,
-        'datasets': ['ILSVRC/imagenet-1k'] if tag.tag.endswith('in1k') else [],
-        'stated': f'{tag.top1:g} % top-1 on ImageNet-1k (stated by {tag.stated_by}); not measured for this card',
-    }
-    return {k: v for k, v in found.items() if v}
+    return Provenance(
+        source=tag.hf_hub_id or tag.source,
+        source_url=tag.url or hub or None,
+        sha1=tag.sha or None,
+        license=tag.licence,
+        datasets=['ILSVRC/imagenet-1k'] if tag.tag.endswith('in1k') else None,
+        stated=f'{tag.top1:g} % top-1 on ImageNet-1k (stated by {tag.stated_by}); not measured for this card',
+    )
 
 
 def card_of_tag(tag: Tag) -> str:
@@ -88,7 +88,7 @@ def card_of_tag(tag: Tag) -> str:
         },
         'timm_attn': {
             'status': 'warm start' if tag.status == 'warm' else 'converted',
-            'provenance': provenance_of(tag),
+            'provenance': provenance_of(tag).to_dict(),
         },
     }
     text = render_card(check_config(config, name), source=name, name=name)
@@ -96,20 +96,39 @@ def card_of_tag(tag: Tag) -> str:
     return text
 
 
+def published_tags(tags: Iterable[Tag] = TAGS) -> list[Tag]:
+    """The tags that are worth a repository of their own: trained ones, no warm starts."""
+    return [t for t in tags if t.status == 'trained']
+
+
 def write_tag_cards(directory: str | os.PathLike[str], tags: Iterable[Tag] = TAGS) -> list[Path]:
-    """Writes the card of every tag as model_cards/model.tag.md.
+    """Writes the card of every trained tag as model_cards/model.tag.md, and the index README.md.
 
     Args:
         directory: The folder.
         tags: Rows of the weights table.
     """
-    written = []
-    for tag in tags:
-        path = Path(directory) / f'{tag.model}.{tag.tag}.md'
-        with atomic_write(path) as temporary:
-            temporary.write_text(card_of_tag(tag), encoding='utf-8')
-        written.append(path)
-    return written
+    texts = {f'{t.model}.{t.tag}.md': card_of_tag(t) for t in published_tags(tags)}
+    texts['README.md'] = index_of_tags(tags)
+    for name, text in texts.items():
+        with atomic_write(Path(directory) / name) as temporary:
+            temporary.write_text(text, encoding='utf-8')
+    return [Path(directory) / name for name in texts]
+
+
+def index_of_tags(tags: Iterable[Tag] = TAGS) -> str:
+    """The index of model_cards/: one line for each trained tag.
+
+    Args:
+        tags: Rows of the weights table.
+    """
+    lines = ['# Model cards', '', 'The cards that `timm-attn publish` puts on the Hub with the trained weights, as']
+    lines += ['`timm-attn card model_cards --tags` renders them.', '', '| card | weights from | top-1 | licence |']
+    lines += ['|---|---|---|---|']
+    for t in published_tags(tags):
+        name = f'{t.model}.{t.tag}'
+        lines.append(f'| [{name}]({name}.md) | {t.source} | {t.top1:g} ({t.stated_by}) | {t.licence} |')
+    return '\n'.join(lines) + '\n'
 
 
 def _publish(tag: Tag, repo_id: str, private: bool, token: str | None) -> Published:

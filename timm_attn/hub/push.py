@@ -9,25 +9,26 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-from huggingface_hub import CommitOperationAdd, ModelCard, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, ModelCard, constants
 from torch import nn
 
 from .card import check_card, render_card
 from .client import HubError, HubFileError, as_hub_error, hub_api, retry, timeouts
 from .config import MAX_CONFIG_BYTES, check_config, encode_config, parse_config
 from .download import RemoteFile, Snapshot, checksum, fetch, remote_files
-from .folder import read_folder, save
-from .records import add_evaluation
+from .folder import EvaluationLike, Labels, ModelFiles, decode_card, open_folder, save
+from .records import Provenance, Training, add_evaluation, normalise_descriptions, normalise_labels
 from .rules import CARD, CONFIG, MAX_CARD_BYTES, WEIGHTS, check_repo_id
 
 _logger = logging.getLogger(__name__)
 _COMMIT = re.compile(r'[0-9a-f]{40}')
+# Weights that other loaders fall back to. Beside ours they are another model's.
+_STALE = ('pytorch_model.bin',)
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class PushResult:
         url: Where to look at it.
         changed: The files of the new commit; empty when the repository held all of them already and no commit was made.
         pull_request: The pull request, where one was asked for.
+        removed: Old weight files that the commit took away.
     """
 
     repo_id: str
@@ -47,12 +49,14 @@ class PushResult:
     url: str
     changed: tuple[str, ...]
     pull_request: str | None = None
+    removed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        if not self.changed:
+        if not (self.changed or self.removed):
             return f'{self.repo_id} is up to date at {self.commit[:12]}: nothing to push, no commit made.'
         what = f'pull request {self.pull_request}' if self.pull_request else f'commit {self.commit[:12]}'
-        return f'Pushed {", ".join(self.changed)} to {self.repo_id}: {what}, {self.url}'
+        gone = f' and removed the old {", ".join(self.removed)}' if self.removed else ''
+        return f'Pushed {", ".join(self.changed) or "nothing new"} to {self.repo_id}{gone}: {what}, {self.url}'
 
 
 def _check_target(revision: str | None, create_pr: bool) -> None:
@@ -70,12 +74,12 @@ def push_to_hub(
     revision: str | None = None,
     create_pr: bool = False,
     token: str | None = None,
-    eval_results: Any = None,
+    eval_results: EvaluationLike = None,
     force: bool = False,
     commit_message: str | None = None,
-    label_names: Sequence[str] | Mapping[str, str] | None = None,
-    provenance: Mapping[str, Any] | None = None,
-    training: Mapping[str, Any] | None = None,
+    label_names: Labels | None = None,
+    provenance: Provenance | Mapping[str, Any] | None = None,
+    training: Training | Mapping[str, Any] | None = None,
     status: str | None = None,
     license: str | None = None,
     data_config: Mapping[str, Any] | None = None,
@@ -83,8 +87,9 @@ def push_to_hub(
     """Puts a model, its config and its card on the Hub in one commit.
 
     Nothing is created or sent before the files and the card have passed all checks here. The commit names the state it
-    was made from; when somebody else commits in between, the push starts over from theirs. Run it again after any
-    failure: what is there already is not sent twice, and when everything is there no commit is made.
+    was made from; when somebody else commits in between, the push starts over from theirs, or says so and stops, when
+    they committed other weights. Run it again after any failure: what is there already is not sent twice, and when
+    everything is there no commit is made.
 
     Args:
         model_or_dir: A model, or a folder that `save` wrote.
@@ -94,10 +99,11 @@ def push_to_hub(
         create_pr: Open a pull request instead of committing to the branch.
         token: A token with write access; None is the one that is logged in.
         eval_results: As for `save`; replaces the records of a folder.
-        force: Replace a model of another architecture, or a config that cannot be read.
+        force: Replace a model of another architecture, a config that cannot be read, or weights that somebody else
+            committed meanwhile.
         commit_message: First line of the commit.
         label_names: As for `save`; without them the ones in the repository are kept when the number of classes is the
-            same.
+            same, with their descriptions.
         provenance: As for `save`, for a model.
         training: As for `save`, for a model.
         status: As for `save`, for a model.
@@ -124,27 +130,28 @@ def push_to_hub(
         }
         if isinstance(model_or_dir, nn.Module):
             save(model_or_dir, temporary, eval_results=eval_results, card=False, **records)
-            folder = Path(temporary)
+            model = open_folder(temporary)
         else:
             if given := [k for k, v in records.items() if v is not None and k != 'label_names']:
                 raise ValueError(
                     f'{given} are for a model; a folder has its own: pass them to save, or edit its config.json.'
                 )
-            folder = Path(model_or_dir)
-        config, files = read_folder(folder)
-        raw = dict(config.raw)
-        if not isinstance(model_or_dir, nn.Module):
-            raw = add_evaluation(raw, eval_results)
+            model = open_folder(model_or_dir)
+    raw = dict(model.config.raw)
+    if not isinstance(model_or_dir, nn.Module):
+        raw = add_evaluation(raw, eval_results)
         if label_names is not None:
-            raw['label_names'] = dict(label_names) if isinstance(label_names, Mapping) else list(label_names)
-        push = _Push(repo_id, revision, create_pr, private, force, commit_message, token, raw, files)
-        push.check()
-        if token is None and huggingface_hub.get_token() is None:
-            raise HubError(
-                "There is no token: log in with 'hf auth login', or set HF_TOKEN. Nothing was sent.", status=401
-            )
-        with timeouts():
-            return push.run()
+            # Descriptions of other names go.
+            names = normalise_labels(label_names, model.config.num_classes)
+            if names != model.config.pretrained_cfg.get('label_names'):
+                raw.pop('label_descriptions', None)
+            raw['label_names'] = names
+    push = _Push(repo_id, revision, create_pr, private, force, commit_message, token, raw, model)
+    push.check()
+    if token is None and huggingface_hub.get_token() is None:
+        raise HubError("There is no token: log in with 'hf auth login', or set HF_TOKEN. Nothing was sent.", status=401)
+    with timeouts():
+        return push.run()
 
 
 class _Push:
@@ -160,7 +167,7 @@ class _Push:
         commit_message: str | None,
         token: str | None,
         config: dict[str, Any],
-        files: dict[str, Path],
+        model: ModelFiles,
     ) -> None:
         self.repo_id = repo_id
         self.revision = revision
@@ -170,8 +177,11 @@ class _Push:
         self.message = commit_message or f'Add {config["architecture"]}'
         self.token = token
         self.config = config
-        self.files = files
+        self.model = model
+        self.files = model.files
         self.api = hub_api(token)
+        # The weights that the Hub held when this push first looked.
+        self.first: tuple[RemoteFile | None] | None = None
 
     def check(self) -> None:
         """Renders everything as for an empty repository, so that what is wrong is found before the first request."""
@@ -179,7 +189,7 @@ class _Push:
         check_card(self._card(self.config, self._local_card()))
 
     def _local_card(self) -> str | None:
-        return self.files[CARD].read_text(encoding='utf-8') if CARD in self.files else None
+        return decode_card(self.files[CARD]) if CARD in self.files else None
 
     def _card(self, config: dict[str, Any], old: str | None) -> str:
         return render_card(config, weights=self.files[WEIGHTS], source=f'hf-hub:{self.repo_id}', old=old)
@@ -190,28 +200,47 @@ class _Push:
 
     def _attempt(self) -> PushResult:
         snapshot = self._snapshot()
-        with tempfile.TemporaryDirectory(prefix='timm_attn-') as temporary:
-            files = self._merged(snapshot, Path(temporary))
-            changed = [n for n, p in files.items() if not _same(snapshot.files.get(n), p)]
-            url = f'{self.api.endpoint}/{self.repo_id}'
-            if not changed:
-                _logger.info('%s is up to date at %s: no commit made.', self.repo_id, snapshot.commit[:12])
-                return PushResult(self.repo_id, snapshot.commit, f'{url}/tree/{snapshot.commit}', ())
-            info = self._commit(snapshot, {n: files[n] for n in changed})
-            commit = info.oid
-            there = remote_files(self.api, self.repo_id, commit, list(files))
-            if wrong := [n for n, p in files.items() if not _same(there.get(n), p)]:
-                raise HubError(
-                    f'The Hub took the commit {commit[:12]}, but holds other bytes of {", ".join(wrong)}: run the '
-                    f'same command again.'
-                )
-        return PushResult(self.repo_id, commit, info.pr_url or f'{url}/commit/{commit}', tuple(changed), info.pr_url)
+        self._check_meanwhile(snapshot)
+        files = self._merged(snapshot)
+        changed = tuple(n for n, data in files.items() if not _same(snapshot.files.get(n), data))
+        removed = tuple(n for n in _STALE if n in snapshot.files)
+        url = f'{self.api.endpoint}/{self.repo_id}'
+        if not (changed or removed):
+            _logger.info('%s is up to date at %s: no commit made.', self.repo_id, snapshot.commit[:12])
+            return PushResult(self.repo_id, snapshot.commit, f'{url}/tree/{snapshot.commit}', ())
+        for name in removed:
+            _logger.warning("'%s' holds an old %s, which is removed: it is no file of this model.", self.repo_id, name)
+        info = self._commit(snapshot, {n: files[n] for n in changed}, removed)
+        commit = info.oid
+        there = remote_files(self.api, self.repo_id, commit, list(files))
+        if wrong := [n for n, data in files.items() if not _same(there.get(n), data)]:
+            raise HubError(
+                f'The Hub took the commit {commit[:12]}, but holds other bytes of {", ".join(wrong)}: run the same '
+                'command again.'
+            )
+        return PushResult(self.repo_id, commit, info.pr_url or f'{url}/commit/{commit}', changed, info.pr_url, removed)
 
-    def _commit(self, snapshot: Snapshot, files: dict[str, Path]) -> Any:
+    def _check_meanwhile(self, snapshot: Snapshot) -> None:
+        """Refuses to replace weights that somebody else committed after this push began."""
+        now = snapshot.files.get(WEIGHTS)
+        if self.first is None:
+            self.first = (now,)
+        (first,) = self.first
+        if now == first or now is None or _same(now, self.files[WEIGHTS]) or self.force:
+            return
+        raise HubError(
+            f"Somebody else committed other weights to '{self.repo_id}' while this push was under way (commit "
+            f'{snapshot.commit}): look at them first. Run the same command again to replace them (they stay in the '
+            'history), or pass force=True (--force) to replace whatever comes in between.',
+            status=409,
+        )
+
+    def _commit(self, snapshot: Snapshot, files: dict[str, bytes], removed: tuple[str, ...]) -> Any:
+        operations = [CommitOperationAdd(name, data) for name, data in files.items()]
         try:
             return self.api.create_commit(
                 self.repo_id,
-                [CommitOperationAdd(name, str(path)) for name, path in files.items()],
+                [*operations, *(CommitOperationDelete(name) for name in removed)],
                 commit_message=self.message,
                 revision=self.revision,
                 create_pr=self.create_pr,
@@ -230,7 +259,7 @@ class _Push:
 
     def _snapshot(self) -> Snapshot:
         """What the Hub holds now; creates the repository or the branch when there is none."""
-        names = [CONFIG, WEIGHTS, CARD, *self.files]
+        names = [CONFIG, WEIGHTS, CARD, *_STALE, *self.files]
         try:
             info = self.api.model_info(self.repo_id, revision=self.revision or constants.DEFAULT_REVISION)
         except huggingface_hub.errors.GatedRepoError:
@@ -268,7 +297,7 @@ class _Push:
             )
         self.api.create_branch(self.repo_id, branch=self.revision, revision=commit)
 
-    def _merged(self, snapshot: Snapshot, temporary: Path) -> dict[str, Path]:
+    def _merged(self, snapshot: Snapshot) -> dict[str, bytes]:
         """Our files with what has to be kept of those on the Hub: label names, and a human's part of the card."""
         config = dict(self.config)
         there = self._remote_config(snapshot)
@@ -276,43 +305,45 @@ class _Push:
             if there.get('architecture') != config['architecture'] and not self.force:
                 raise HubError(
                     f"'{self.repo_id}' holds a {str(there.get('architecture'))[:80]}, not a {config['architecture']}: "
-                    f'choose another '
-                    'repository, or pass force=True (--force) to replace it.'
+                    'choose another repository, or pass force=True (--force) to replace it.'
                 )
-            for name in ('label_names', 'label_descriptions'):
-                if name not in config and there.get(name) and there.get('num_classes') == config['num_classes']:
-                    config[name] = there[name]
-        files = dict(self.files)
-        files[CONFIG] = temporary / CONFIG
-        files[CONFIG].write_bytes(encode_config(config))
+            config |= self._kept_labels(there)
+        data = encode_config(config)
+        check_config(parse_config(data))
+        old = self._local_card()
+        if CARD in snapshot.files:
+            old = decode_card(fetch(self.api, snapshot, CARD, max_bytes=MAX_CARD_BYTES))
+        text = self._card(config, old)
+        check_card(text)
+        return {**self.files, CONFIG: data, CARD: text.encode()}
+
+    def _kept_labels(self, there: dict[str, Any]) -> dict[str, Any]:
+        """Names of the classes where ours have none, and the descriptions of names that stay."""
+        count, ours = self.model.config.num_classes, self.config.get('label_names')
+        theirs = there.get('label_names')
+        if not theirs or there.get('num_classes') != count:
+            return {}
         try:
-            check_config(parse_config(encode_config(config)))
-        except HubFileError as e:
+            names = normalise_labels(theirs, count)
+            if ours is not None and (normalise_labels(ours, count) != names or 'label_descriptions' in self.config):
+                return {}
+            descriptions = normalise_descriptions(there.get('label_descriptions'), names)
+        except ValueError as e:
             raise HubError(
                 f"The label names of '{self.repo_id}' cannot be kept: {e} Pass label_names of your own."
             ) from e
-        old = self._local_card()
-        if CARD in snapshot.files:
-            path = fetch(self.api, snapshot, CARD, max_bytes=MAX_CARD_BYTES)
-            old = path.read_text(encoding='utf-8', errors='replace')
-        files[CARD] = temporary / CARD
-        text = self._card(config, old)
-        check_card(text)
-        files[CARD].write_text(text, encoding='utf-8')
-        return files
+        return {'label_names': names} | ({'label_descriptions': descriptions} if descriptions else {})
 
     def _remote_config(self, snapshot: Snapshot) -> dict[str, Any] | None:
         if CONFIG not in snapshot.files:
             return None
         try:
-            return parse_config(fetch(self.api, snapshot, CONFIG, max_bytes=MAX_CONFIG_BYTES).read_bytes())
+            return parse_config(fetch(self.api, snapshot, CONFIG, max_bytes=MAX_CONFIG_BYTES))
         except HubFileError as e:
             if self.force:
                 return None
             raise HubError(f"{e} Pass force=True (--force) to replace what '{self.repo_id}' holds.") from e
 
 
-def _same(remote: RemoteFile | None, path: Path) -> bool:
-    if remote is None or remote.size != path.stat().st_size:
-        return False
-    return remote.checksum == checksum(path, remote.checksum)
+def _same(remote: RemoteFile | None, data: bytes) -> bool:
+    return remote is not None and remote.size == len(data) and remote.checksum == checksum(data, remote.checksum)

@@ -7,15 +7,12 @@ from typing import Any
 
 CONFIG = 'config.json'
 
-
 WEIGHTS = 'model.safetensors'
-
 
 CARD = 'README.md'
 
 
 MAX_HEADER_BYTES = 25_000_000
-
 
 Check = Callable[[Any], bool]
 
@@ -56,13 +53,6 @@ def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def no_constant(name: str) -> Any:
     raise ValueError(f'{name} is no JSON')
-
-
-# The dtypes of safetensors that a parameter, and that a counter such as num_batches_tracked, may have.
-FLOATS = {'F64': 8, 'F32': 4, 'F16': 2, 'BF16': 2}
-
-
-INTEGERS = {'I64': 8}
 
 
 MAX_CARD_BYTES = 1 << 20

@@ -9,6 +9,8 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+import safetensors.torch
+import torch
 from hub_tables import Row
 
 Files = dict[str, bytes]
@@ -34,6 +36,21 @@ def _args(**values: Any) -> Callable[[Files], Files]:
 
 def _cfg(**values: Any) -> Callable[[Files], Files]:
     return _config(lambda c: c['pretrained_cfg'].update(values))
+
+
+def _about(**values: Any) -> Callable[[Files], Files]:
+    return _config(lambda c: c['timm_attn'].update(values))
+
+
+def _flat(**values: Any) -> Callable[[Files], Files]:
+    """An old config.json without pretrained_cfg, all of which timm takes for one."""
+
+    def change(config: dict[str, Any]) -> None:
+        for key in ('pretrained_cfg', 'timm_attn', 'model_args', 'global_pool'):
+            config.pop(key, None)
+        config.update(values)
+
+    return _config(change)
 
 
 def _bytes(data: bytes) -> Callable[[Files], Files]:
@@ -92,6 +109,33 @@ _CONFIGS: tuple[tuple[str, Callable[[Files], Files], str], ...] = (
     ('label_names of another length', _top(label_names=['a']), 'label_names'),
     ('label_names of a megabyte each', _top(label_names=['a', 'b', 'c' * 5000]), 'label_names'),
     ('timm_attn a list', _top(timm_attn=[1]), 'timm_attn'),
+    ('model_args null', _top(model_args=None), 'model_args'),
+    ('pretrained_cfg null', _top(pretrained_cfg=None), 'pretrained_cfg'),
+    ('pretrained_cfg false', _top(pretrained_cfg=False), 'pretrained_cfg'),
+    ('pretrained_cfg an empty text', _top(pretrained_cfg=''), 'pretrained_cfg'),
+    ('pretrained_cfg an empty list', _top(pretrained_cfg=[]), 'pretrained_cfg'),
+    ('flat: images of a million pixels a side', _flat(input_size=[3, 1_000_000, 1_000_000]), 'input_size'),
+    ('flat: deviation 0', _flat(std=[0, 0, 0]), 'std'),
+    ('flat: an unknown key', _flat(evil=1), 'evil'),
+    ('flat: a file elsewhere', _flat(file='/etc/passwd'), 'points elsewhere'),
+    ('label_names by name', _top(label_names={'a': 0, 'b': 1, 'c': 2}), 'class indices 0 to 2'),
+    ('label_names with a gap', _top(label_names={'0': 'a', '1': 'b', '3': 'c'}), 'class indices 0 to 2'),
+    ('label_names with an index twice', _top(label_names={'0': 'a', '00': 'b', '1': 'c'}), 'class indices 0 to 2'),
+    ('label_names a text', _top(label_names='abc'), 'label_names'),
+    ('label_descriptions of no class', _top(label_descriptions={'z': 'last'}), 'label_descriptions'),
+    ('the sha256 of other weights', _about(weights_sha256='0' * 64), 'belongs to other weights'),
+    ('the sha256 a number', _about(weights_sha256=0), 'weights_sha256'),
+    ('an unknown status', _about(status='best'), 'status'),
+    ('a status that is a list', _about(status=[]), 'status'),
+    ('provenance a list', _about(provenance=['x']), 'provenance'),
+    ('provenance.datasets a number', _about(provenance={'datasets': 5}), 'datasets'),
+    ('provenance.source an object', _about(provenance={'source': {}}), 'source'),
+    ('training a text', _about(training='long'), 'training'),
+    ('training nested deep', _about(training={'x': {'y': {'z': 1}}}), 'training'),
+    ('evaluation a number', _about(evaluation=5), 'evaluation'),
+    ('evaluation without metrics', _about(evaluation=[{'dataset': 'x'}]), 'metrics'),
+    ('evaluation with a metric in words', _about(evaluation=[{'dataset': 'x', 'metrics': {'a': 'b'}}]), 'metric'),
+    ('versions a list of objects', _about(versions=[{}]), 'versions'),
 )
 
 
@@ -128,6 +172,42 @@ def _fill(value: bytes) -> Callable[[bytes], bytes]:
     return apply
 
 
+def _float64(value: float, name: str = 'blocks.2.conv.weight') -> Callable[[bytes], bytes]:
+    def apply(data: bytes) -> bytes:
+        tensors = safetensors.torch.load(data)
+        tensors[name] = torch.full_like(tensors[name], value, dtype=torch.float64)
+        return safetensors.torch.save(tensors)
+
+    return apply
+
+
+def _changed(name: str, value: float) -> Callable[[bytes], bytes]:
+    def apply(data: bytes) -> bytes:
+        tensors = safetensors.torch.load(data)
+        tensors[name].fill_(value)
+        return safetensors.torch.save(tensors)
+
+    return apply
+
+
+def _many(data: bytes) -> bytes:
+    empty = {f'x{i}': {'dtype': 'F32', 'shape': [0], 'data_offsets': [0, 0]} for i in range(200_000)}
+    return _join(empty, b'')
+
+
+def _repeated(data: bytes) -> bytes:
+    length = struct.unpack('<Q', data[:8])[0]
+    header = data[8 : 8 + length].rstrip()
+    name = b'"head.fc.bias":'
+    start = header.index(name)
+    entry = header[start : header.index(b'}', start) + 1]
+    return _join(header[:-1] + b',' + entry + b'}', data[8 + length :])
+
+
+def _metadata(value: Any) -> Callable[[Files], Files]:
+    return _header(lambda h: h.update(__metadata__=value))
+
+
 def _empty(files: Files) -> Files:
     return {**files, 'model.safetensors': _join({}, b'')}
 
@@ -137,7 +217,7 @@ def _rename(old: str, new: str) -> Callable[[dict[str, Any]], object]:
 
 
 _WEIGHTS: tuple[tuple[str, Callable[[Files], Files], str], ...] = (
-    ('cut short by a byte', _weights(lambda d: d[:-1]), 'bytes are missing'),
+    ('cut short by a byte', _weights(lambda d: d[:-1]), 'no intact safetensors file: it is cut short'),
     ('a byte left over', _weights(lambda d: d + b'\0'), 'left over'),
     ('empty', _weights(lambda d: b''), 'no safetensors file'),
     ('a header of 2^60 bytes', _weights(lambda d: struct.pack('<Q', 1 << 60) + d[8:]), 'no safetensors file'),
@@ -145,15 +225,38 @@ _WEIGHTS: tuple[tuple[str, Callable[[Files], Files], str], ...] = (
     ('a header that is no JSON', _weights(lambda d: _join(b'{' * 100, b'')), 'no JSON'),
     ('a header that is a list', _weights(lambda d: _join(b'[]', b'')), 'no JSON object'),
     ('a tensor with another shape', _header(lambda h: h['head.fc.bias'].update(shape=[1, 3])), 'another shape'),
-    ('a tensor that overlaps another', _header(lambda h: h['head.fc.bias'].update(data_offsets=[0, 12])), 'starts at'),
-    ('offsets that run backwards', _header(lambda h: h['head.fc.bias'].update(data_offsets=[12, 0])), 'do not fit'),
-    ('a negative shape', _header(lambda h: h['head.fc.bias'].update(shape=[-3])), 'lists of sizes'),
-    ('a dtype nobody trains in', _header(lambda h: h['head.fc.bias'].update(dtype='F8_E4M3')), 'dtype'),
+    (
+        'a tensor that overlaps another',
+        _header(lambda h: h['head.fc.bias'].update(data_offsets=[0, 12])),
+        'no intact safetensors file',
+    ),
+    (
+        'offsets that run backwards',
+        _header(lambda h: h['head.fc.bias'].update(data_offsets=[12, 0])),
+        'no intact safetensors file',
+    ),
+    ('a negative shape', _header(lambda h: h['head.fc.bias'].update(shape=[-3])), 'no intact safetensors file'),
+    (
+        'a dtype nobody trains in',
+        _header(lambda h: h['head.fc.bias'].update(dtype='F8_E4M3')),
+        'no intact safetensors file',
+    ),
     ('integers for weights', _weights(lambda d: d.replace(b'"F32"', b'"I32"')), 'dtype'),
     ('a tensor missing', _header(_rename('head.fc.bias', 'other')), '1 missing: head.fc.bias'),
     ('no tensors at all', _empty, 'missing'),
     ('NaN', _weights(_fill(b'\x00\x00\xc0\x7f')), 'NaN or infinite'),
     ('infinity', _weights(_fill(b'\x00\x00\x80\x7f')), 'NaN or infinite'),
+    ('1e300, which float32 does not hold', _weights(_float64(1e300)), 'NaN or infinite values once they are float32'),
+    ('a variance below 0', _weights(_changed('blocks.0.bn.running_var', -1)), 'is negative .-1., and a variance is not'),
+    ('a count below 0', _weights(_changed('blocks.0.bn.num_batches_tracked', -5)), 'counts batches'),
+    ('200 000 empty tensors', _weights(_many), '200000 that do not belong'),
+    ('a name twice', _weights(_repeated), 'twice'),
+    ('a dtype that is a list', _header(lambda h: h['head.fc.bias'].update(dtype=['F32'])), 'no intact safetensors'),
+    ('__metadata__ of numbers', _metadata({'format': 5}), '__metadata__'),
+    ('__metadata__ a list', _metadata(['pt']), '__metadata__'),
+    ('__metadata__ a text', _metadata('pt'), '__metadata__'),
+    ('__metadata__ null', _metadata(None), '__metadata__'),
+    ('__metadata__ with half a character', _metadata({'format': '\ud800'}), 'no intact safetensors|no JSON'),
     ('a pickle by that name', _weights(lambda d: b'\x80\x02cos\nsystem\nq\x00.'), 'no safetensors file'),
 )
 
@@ -189,8 +292,35 @@ ATTACKS = [
     _attack('files', 'a pickle beside safetensors', _pickle, '', 'done: the pickle is not fetched'),
 ]
 
+# A process that dies at each of its file operations below the folder, and at least how many there are.
+KILLS = [
+    Row(_id.replace(' ', '_'), _id, outcome, 'kill', fault={'at_least': least})
+    for _id, outcome, least in (
+        ('save', 'none or all of the new; run again', 10),
+        ('save over', 'all of the old or all of the new; run again', 20),
+        ('pull', 'none or all of the new; run again', 10),
+        ('pull over', 'all of the old or all of the new; run again', 20),
+        ('convert', 'none or all of the new; run again', 10),
+        ('convert over', 'all of the old or all of the new; run again', 20),
+        ('quickstart', 'none or all of the new, without or with its pictures; run again', 20),
+        ('card', 'the old card or the new one, each with its config; run again', 10),
+        ('push', 'folder and repository stay whole; run again', 4),
+    )
+]
+
 EVENTS = [
-    Row('two_pushers', 'two pushes at once', 'done: the later one reads again; two commits, nothing lost', 'push'),
+    Row(
+        'two_pushers',
+        'two pushes of other weights at once',
+        'the first is done; the later one is refused and names its commit',
+        'push',
+    ),
+    Row(
+        'other_weights_in_between',
+        'somebody commits other weights between our look and our commit',
+        'refused: the message names their commit; force=True replaces them',
+        'push',
+    ),
     Row('edit_in_between', 'somebody edits the card between our look and our commit', 'done: the edit is kept', 'push'),
     Row(
         'commits_all_the_time', 'somebody commits before each of our attempts', 'error; their commits are kept', 'push'
@@ -217,7 +347,7 @@ EVENTS = [
     Row('read_only_token', 'a token without write access', 'error; nothing created', 'push'),
     Row('foreign_namespace', "somebody else's namespace", 'error; nothing created', 'push'),
     Row('token_stays_on_the_hub', 'the storage is another host', 'done: it never sees the token', 'push'),
-    Row('token_in_an_error', 'the Hub echoes the token in an error', 'error without the token', 'push'),
+    Row('token_in_an_error', 'the Hub echoes the token in an error', 'error without the token, traceback too', 'push'),
     Row('nan_weights', 'the model holds NaN', 'refused before the first request', 'push'),
     Row(
         'card_with_a_wrong_licence',
@@ -248,6 +378,23 @@ EVENTS = [
         'done: plain contiguous weights',
         'push',
     ),
+    Row('old_pickle_there', 'the repository holds an old pytorch_model.bin', 'done: removed, and said', 'push'),
+    Row('labels_of_another_model', 'the repository describes classes of other names', 'done: they go', 'push'),
+    Row('links_in_the_folder', 'a link out of the folder, a pipe, a device, a folder', 'refused: nothing sent', 'push'),
+    Row('redirects', 'the Hub redirects to another host, or says something else', 'error: check HF_ENDPOINT', 'push'),
+    Row(
+        'stalls_all_the_time', 'the Hub answers the first request and then no more', 'error after 100 s in all', 'push'
+    ),
+    Row('stalls_while_loading', 'the same', 'error after 100 s in all', 'load'),
+    Row('token_in_an_error_of_a_load', 'the Hub echoes the token', 'error without the token, traceback too', 'load'),
+    Row(
+        'swapped_after_the_check',
+        'other weights, NaN or a pickle take the place of a checked file',
+        'done: what was checked is loaded',
+        'load',
+    ),
+    Row('flat_config', 'an old config.json without pretrained_cfg', 'done: mean, std and size are kept', 'load'),
+    Row('one_door', 'the same files as folder, local-dir: and hf-hub:', 'done or refused alike', 'load'),
     Row('moved_main', 'main moves on between two loads', 'done: the pinned commit stays', 'load'),
     Row('main_moves_during_a_load', 'main moves on between config and weights', 'done: both from one commit', 'load'),
     Row('poisoned_blob', 'a blob in the cache was altered', 'done: deleted and fetched again', 'load'),
