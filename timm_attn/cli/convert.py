@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import timm
 
+from ..files import check_vacant
 from ..hub.folder import save
 from ..weights.convert import convert_checkpoint, list_sources, net_of_sha1
 from ..weights.official import OFFICIAL, Official, fetch, get_official
@@ -62,13 +63,6 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"'{out}' is a file; a folder is written here: choose another name.")
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise ValueError(f"'{out}' is not empty; choose another folder or pass --overwrite.")
-
-
 def _check_hashes(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
     if args.sha1 is not None and args.sha1.strip().lower() not in (checkpoint.sha1, checkpoint.inner_sha1):
         raise ValueError(f"'{args.file}' has sha1 {checkpoint.inner_sha1}, not {args.sha1}: it is another file.")
@@ -88,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     """Runs `convert`."""
     talk()
     out = Path(args.out)
-    _check_out(out, args.overwrite)
+    check_vacant(out, args.overwrite)
     for option, value in (('--sha1', args.sha1), ('--sha256', args.sha256)):
         if value is not None and not value.strip():
             raise ValueError(f'{option} is empty, perhaps a shell variable that is not set: it would check nothing.')

@@ -247,7 +247,11 @@ _WEIGHTS: tuple[tuple[str, Callable[[Files], Files], str], ...] = (
     ('NaN', _weights(_fill(b'\x00\x00\xc0\x7f')), 'NaN or infinite'),
     ('infinity', _weights(_fill(b'\x00\x00\x80\x7f')), 'NaN or infinite'),
     ('1e300, which float32 does not hold', _weights(_float64(1e300)), 'NaN or infinite values once they are float32'),
-    ('a variance below 0', _weights(_changed('blocks.0.bn.running_var', -1)), 'is negative .-1., and a variance is not'),
+    (
+        'a variance below 0',
+        _weights(_changed('blocks.0.bn.running_var', -1)),
+        'is negative .-1., and a variance is not',
+    ),
     ('a count below 0', _weights(_changed('blocks.0.bn.num_batches_tracked', -5)), 'counts batches'),
     ('200 000 empty tensors', _weights(_many), '200000 that do not belong'),
     ('a name twice', _weights(_repeated), 'twice'),
