@@ -138,6 +138,7 @@ def _build(files: ModelFiles, kwargs: dict[str, Any], source: dict[str, str]) ->
         'architecture': config.architecture,
         'num_classes': config.num_classes,
         'state_dict': files.weights,
+        'source': 'checked',
     }
     model: Any = timm.create_model(
         config.architecture, pretrained=True, pretrained_cfg=cfg, **{**config.model_args, **kwargs}

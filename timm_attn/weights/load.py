@@ -66,7 +66,8 @@ def checkpoint_filter_fn(
     """
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     target = target_of(model)
-    if cfg.get('source') in ('hf-hub', 'local-dir') or cfg.get('state_dict') is not None:
+    # 'checked' are the tensors of a folder or repository that the hub room has read.
+    if cfg.get('source') in ('hf-hub', 'local-dir', 'checked'):
         own = dict(state_dict)
         check_tensors(own)
         free = _free(model, cfg, target, own)
