@@ -15,11 +15,14 @@ from torch import nn
 
 import timm_attn
 from timm_attn.cli import main
+from timm_attn.explain import load_model
+from timm_attn.explain.pictures import label_names
 from timm_attn.hub import client
 from timm_attn.hub.client import HubError, HubFileError
 from timm_attn.hub.folder import portable_state_dict, read_folder, save
 from timm_attn.hub.load import load_from_hub, pull
 from timm_attn.hub.push import push_to_hub
+from timm_attn.hub.records import Evaluation, Provenance, Training
 
 SMALL: dict[str, Any] = {'layers': (1, 1, 1, 1), 'channels': (16, 32, 64, 128)}
 DATA: dict[str, Any] = {'input_size': (3, 32, 32), 'mean': (0.5, 0.5, 0.5), 'std': (0.25, 0.25, 0.25), 'crop_pct': 1.0}
@@ -182,6 +185,88 @@ def test_saved_folder_rebuilds_the_model(kwargs: dict[str, Any], tmp_path: Path)
     other: Any = timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=4).eval()
     assert other(x).shape == (2, 4)
     assert torch.equal(other.forward_features(x), model.forward_features(x))
+
+
+def test_the_stem_for_small_images_is_saved_with_their_size(tmp_path: Path) -> None:
+    for name, depth in (('eca', 18), ('gsop', 50), ('sk', 50), ('se', 50)):
+        model: Any = timm.create_model(f'{name}_resnet{depth}', num_classes=3, cifar_stem=True, in_chans=1)
+        folder = save(model, tmp_path / name)
+        again: Any = timm.create_model(f'local-dir:{folder}', pretrained=True)
+        for cfg in (timm.data.resolve_model_data_config(m) for m in (model, again)):
+            assert cfg['input_size'] == (1, 32, 32) and cfg['crop_pct'] == 1.0
+        assert 'test_input_size' not in json.loads((folder / 'config.json').read_text())['pretrained_cfg']
+        assert '**Image size:** 1 x 32 x 32' in (folder / 'README.md').read_text()
+    # What is said wins, at creation, when saving, and in a saved config.
+    overlay = {'input_size': (3, 48, 48)}
+    model = timm.create_model('eca_resnet18', num_classes=3, cifar_stem=True, pretrained_cfg_overlay=overlay)
+    assert model.pretrained_cfg['input_size'] == (3, 48, 48)
+    folder = save(model, tmp_path / 'given', data_config={'input_size': (3, 64, 64)})
+    assert timm.create_model(f'local-dir:{folder}', pretrained=True).pretrained_cfg['input_size'] == (3, 64, 64)
+    assert timm.create_model('eca_resnet18').pretrained_cfg['input_size'] == (3, 224, 224)
+
+
+def test_class_names_are_a_list_by_index_wherever_they_come_from(tmp_path: Path) -> None:
+    names = ['cat', 'dog', 'fox']
+    model = timm.create_model('simple_cnn_se', num_classes=3)
+    given: tuple[Any, ...] = ({2: 'fox', 1: 'dog', 0: 'cat'}, {'1': 'dog', '0': 'cat', '2': 'fox'}, tuple(names))
+    for i, labels in enumerate(given):
+        folder = save(model, tmp_path / f'{i}', label_names=labels)
+        assert json.loads((folder / 'config.json').read_text())['label_names'] == names
+        assert label_names(load_model(str(folder))) == names
+    bad: tuple[Any, ...] = (
+        {'cat': 0, 'dog': 1, 'fox': 2},
+        {0: 'cat', 1: 'dog', 3: 'fox'},
+        {0: 'cat', '0': 'dog', 1: 'fox'},
+        {True: 'cat', 0: 'dog', 2: 'fox'},
+        {-1: 'cat', 0: 'dog', 1: 'fox'},
+        {0: 'cat', 1: 'dog', 2: 5},
+        ['cat', 'dog', 5],
+        'abc',
+        5,
+    )
+    for labels in bad:
+        with pytest.raises(ValueError, match=r'label_names'):
+            save(model, tmp_path / 'bad', label_names=labels)
+    # In a config that somebody else wrote, too: timm takes such a mapping.
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps({**config, 'label_names': {'2': 'fox', '0': 'cat', '1': 'dog'}}))
+    assert label_names(load_model(str(folder))) == names
+    again = save(timm.create_model(f'local-dir:{folder}', pretrained=True), tmp_path / 'again')
+    assert json.loads((again / 'config.json').read_text())['label_names'] == names
+
+
+def test_records_have_known_fields(tmp_path: Path) -> None:
+    model = timm.create_model('simple_cnn_se', num_classes=3)
+    known = save(
+        model,
+        tmp_path / 'a',
+        provenance=Provenance(source='here', datasets=('d/e',)),
+        training=Training(epochs=3, optimizer='sgd'),
+        eval_results=Evaluation(dataset='digits', metrics={'top1': 5}),
+    )
+    mapped = save(
+        model,
+        tmp_path / 'b',
+        provenance={'source': 'here', 'datasets': ['d/e']},
+        training={'epochs': 3, 'optimizer': 'sgd'},
+        eval_results={'dataset': 'digits', 'top1': 5},
+    )
+    for name in ('config.json', 'README.md', 'model.safetensors'):
+        assert (known / name).read_bytes() == (mapped / name).read_bytes()
+    bad: tuple[tuple[dict[str, Any], str], ...] = (
+        ({'provenance': {'url': 'x'}}, r"provenance .*\['url'\].*Accepted: source, source_url"),
+        ({'provenance': 'here'}, r'must be a Provenance or a mapping'),
+        ({'provenance': {'datasets': 'd/e'}}, r'provenance\.datasets .*a list of texts'),
+        ({'training': {'epoch': 3}}, r"training .*\['epoch'\].*epochs"),
+        ({'training': {'epochs': 'three'}}, r'training\.epochs .*a number'),
+        ({'eval_results': {'dataset': 'd', 'metrics': {'top1': 1}, 'splits': 'x'}}, r"\['splits'\].*split"),
+        ({'eval_results': {'dataset': 'd', 'metrics': {'top1': True}}}, r'must be a number'),
+        ({'status': 'Trained'}, r'one of: trained, converted, warm start, random'),
+    )
+    for kwargs, words in bad:
+        with pytest.raises(ValueError, match=words):
+            save(model, tmp_path / 'bad', **kwargs)
+    assert not (tmp_path / 'bad').exists()
 
 
 def test_save_writes_the_same_bytes_again(tmp_path: Path) -> None:

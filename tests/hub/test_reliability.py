@@ -4,9 +4,9 @@ from hub_tables import LOAD_FAULTS, PAGE, PUSH_FAULTS, page
 
 
 def test_page_is_the_rendered_tables() -> None:
-    from hub_attacks import ATTACKS, EVENTS
+    from hub_attacks import ATTACKS, EVENTS, KILLS
 
     assert PAGE.read_text(encoding='utf-8') == page(), 'run: python tests/hub/support/hub_tables.py'
-    for rows in (PUSH_FAULTS, LOAD_FAULTS, ATTACKS, EVENTS):
+    for rows in (PUSH_FAULTS, LOAD_FAULTS, ATTACKS, EVENTS, KILLS):
         assert len({r.id for r in rows}) == len(rows)
     assert len([r for r in ATTACKS if r.step == 'config.json']) >= 25

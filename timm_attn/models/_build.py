@@ -2,11 +2,11 @@
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import timm.models
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs
 from torch import nn
 
 from ..layers import no_weight_decay
@@ -49,4 +49,15 @@ def build(cls: type[M], variant: str, pretrained: bool, defaults: dict[str, Any]
     # features_only takes the model apart, and its method would be lost.
     if not hasattr(model, 'no_weight_decay') and no_weight_decay(model):
         model.no_weight_decay = functools.partial(no_weight_decay, model)
+    # A config that somebody gives, such as that of a saved model, says itself what images its weights want.
+    if args.get('cifar_stem') and not isinstance(args.get('pretrained_cfg'), dict | PretrainedCfg):
+        _take_small_images(model, args.get('pretrained_cfg_overlay') or {})
     return model
+
+
+def _take_small_images(model: Any, overlay: Mapping[str, Any]) -> None:
+    """The stem for 32x32 images is given such images by transforms, and by the config of a model that is saved."""
+    cfg = model.pretrained_cfg
+    small = dict(input_size=(cfg['input_size'][0], 32, 32), crop_pct=1.0, pool_size=None)
+    small |= dict.fromkeys(('test_input_size', 'test_crop_pct'))
+    cfg.update({k: v for k, v in small.items() if k not in overlay})

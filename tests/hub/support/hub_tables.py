@@ -142,39 +142,95 @@ def _markdown(rows: Iterable[Row], first: str) -> str:
     return '\n'.join(lines)
 
 
+def _matrix() -> str:
+    """Faults by what becomes of them when they strike a step of a push or of a load."""
+    names = list(dict.fromkeys(r.what for r in [*PUSH_FAULTS, *LOAD_FAULTS]))
+    lines = ['| fault | pushing | loading |', '|---|---|---|']
+    for name in names:
+        cells = []
+        for rows in (PUSH_FAULTS, LOAD_FAULTS):
+            outcomes: dict[str, list[str]] = {}
+            for r in rows:
+                if r.what == name:
+                    outcomes.setdefault(r.outcome, []).append(r.step)
+            most = max(outcomes, key=lambda o: len(outcomes[o]), default='')
+            rest = [f'{o} ({", ".join(steps)})' for o, steps in outcomes.items() if o != most]
+            shown = f'{most}, {len(outcomes[most])} steps' if most else '-'
+            cells.append('; '.join([shown, *rest]))
+        lines.append(f'| {name} | {cells[0]} | {cells[1]} |')
+    return '\n'.join(lines)
+
+
+def _counts(rows: Iterable[Row], title: str) -> str:
+    """How many rows of each step end well, and how many are refused or an error."""
+    steps: dict[str, list[Row]] = {}
+    for r in rows:
+        steps.setdefault(r.step, []).append(r)
+    lines = [f'| {title} | rows | done | refused or an error |', '|---|--:|--:|--:|']
+    for step, found in steps.items():
+        done = sum(r.ends_well for r in found)
+        lines.append(f'| {step} | {len(found)} | {done} | {len(found) - done} |')
+    return '\n'.join(lines)
+
+
+def _details(title: str, rows: Iterable[Row], first: str) -> str:
+    return f'<details>\n<summary>{title}</summary>\n\n{_markdown(rows, first)}\n\n</details>'
+
+
 def page() -> str:
     """docs/reliability.md."""
-    from hub_attacks import ATTACKS, EVENTS
+    from hub_attacks import ATTACKS, EVENTS, KILLS
 
+    kills = '\n'.join(f'| `{r.what}` | {r.outcome} | {r.fault["at_least"]} |' for r in KILLS)
     return f"""# Reliability
 
 Each row is a test that runs the real client against a Hub on the loopback interface
 (`tests/hub/support/hub_server.py`), over real HTTP. This page is written by
 `python tests/hub/support/hub_tables.py`, and a test compares it with the rows that ran.
 
-## Pushing: {len(PUSH_FAULTS)} faults
+## {len(PUSH_FAULTS)} faults while pushing, {len(LOAD_FAULTS)} while loading
 
-After each row the repository holds either the old files or all of the new ones, and nothing that somebody else
-committed is lost. 'For good' lasts until the run has ended; then the same command runs again without the fault.
+Each fault strikes each of the {len(_PUSH_STEPS)} requests of a push and the {len(_LOAD_STEPS)} of a load with an empty
+cache. Afterwards the repository holds either the old files or all of the new ones, and nothing that somebody else
+committed is lost. 'For good' lasts until the run has ended; then the same command runs again without the fault. All
+waiting together, over all requests and attempts of one push or load, ends after 100 s without progress.
 
-{_markdown(PUSH_FAULTS, 'fault')}
+{_matrix()}
 
-## Loading: {len(LOAD_FAULTS)} faults
-
-With an empty cache.
-
-{_markdown(LOAD_FAULTS, 'fault')}
-
-## Loading: {len(ATTACKS)} attacks
+## {len(ATTACKS)} attacks
 
 What a repository, a cache or a folder may hold. 'Refused' is a `HubFileError` that names the file and the field, before
-anything was built from it.
+anything was built from it; a folder that is to be pushed is refused by the same rules.
 
-{_markdown(ATTACKS, 'attack')}
+{_counts(ATTACKS, 'in')}
+
+## {len(KILLS)} commands, killed at every file operation
+
+A process ends, as by SIGKILL, at each of its file operations below the folder, before that takes effect; then others
+read the folder, and the same command runs again. Nobody ever reads a mixture: not timm's own reader, which compares
+nothing, and not ours, for which config.json names the sha256 of its weights. The command finishes, and what the killed
+one left is gone.
+
+| command | what is read, and then | operations, at least |
+|---|---|--:|
+{kills}
+
+Two processes that save over one folder take turns; a file that cannot be written in full (a file size limit, a full
+disc) changes nothing.
 
 ## {len(EVENTS)} events
 
-{_markdown(EVENTS, 'event')}
+{_counts(EVENTS, 'around a')}
+
+## All rows
+
+{_details(f'Pushing: {len(PUSH_FAULTS)} faults', PUSH_FAULTS, 'fault')}
+
+{_details(f'Loading: {len(LOAD_FAULTS)} faults', LOAD_FAULTS, 'fault')}
+
+{_details(f'{len(ATTACKS)} attacks', ATTACKS, 'attack')}
+
+{_details(f'{len(EVENTS)} events', EVENTS, 'event')}
 """
 
 
