@@ -20,6 +20,7 @@ import torch
 from hub_attacks import EVENTS
 from hub_client import Clock
 from safetensors.torch import save_file
+from timm.data import resolve_model_data_config
 from torch import nn
 
 from timm_attn.explain import load_model, write_space
@@ -603,7 +604,7 @@ def test_flat_config(hub_client: Any, tmp_path: Path) -> None:
         timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True),
     ]
     for model in models:
-        cfg = timm.data.resolve_model_data_config(model)
+        cfg = resolve_model_data_config(model)
         assert (cfg['mean'], cfg['std'], cfg['input_size']) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), (3, 48, 64))
         assert list(model.pretrained_cfg['label_names']) == ['a', 'b', 'c'] and same(model, make_model())
 

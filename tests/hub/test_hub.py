@@ -11,6 +11,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors import safe_open
+from timm.data import resolve_model_data_config
 from torch import nn
 
 import timm_attn
@@ -188,27 +189,30 @@ def test_saved_folder_rebuilds_the_model(kwargs: dict[str, Any], tmp_path: Path)
 
 
 def test_the_stem_for_small_images_is_saved_with_their_size(tmp_path: Path) -> None:
+    again: Any = None
     for name, depth in (('eca', 18), ('gsop', 50), ('sk', 50), ('se', 50)):
         model: Any = timm.create_model(f'{name}_resnet{depth}', num_classes=3, cifar_stem=True, in_chans=1)
         folder = save(model, tmp_path / name)
-        again: Any = timm.create_model(f'local-dir:{folder}', pretrained=True)
-        for cfg in (timm.data.resolve_model_data_config(m) for m in (model, again)):
+        again = timm.create_model(f'local-dir:{folder}', pretrained=True)
+        for cfg in (resolve_model_data_config(m) for m in (model, again)):
             assert cfg['input_size'] == (1, 32, 32) and cfg['crop_pct'] == 1.0
         assert 'test_input_size' not in json.loads((folder / 'config.json').read_text())['pretrained_cfg']
         assert '**Image size:** 1 x 32 x 32' in (folder / 'README.md').read_text()
     # What is said wins, at creation, when saving, and in a saved config.
     overlay = {'input_size': (3, 48, 48)}
-    model = timm.create_model('eca_resnet18', num_classes=3, cifar_stem=True, pretrained_cfg_overlay=overlay)
-    assert model.pretrained_cfg['input_size'] == (3, 48, 48)
-    folder = save(model, tmp_path / 'given', data_config={'input_size': (3, 64, 64)})
-    assert timm.create_model(f'local-dir:{folder}', pretrained=True).pretrained_cfg['input_size'] == (3, 64, 64)
-    assert timm.create_model('eca_resnet18').pretrained_cfg['input_size'] == (3, 224, 224)
+    made: Any = timm.create_model('eca_resnet18', num_classes=3, cifar_stem=True, pretrained_cfg_overlay=overlay)
+    assert made.pretrained_cfg['input_size'] == (3, 48, 48)
+    folder = save(made, tmp_path / 'given', data_config={'input_size': (3, 64, 64)})
+    again = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    plain: Any = timm.create_model('eca_resnet18')
+    assert again.pretrained_cfg['input_size'] == (3, 64, 64) and plain.pretrained_cfg['input_size'] == (3, 224, 224)
 
 
 def test_class_names_are_a_list_by_index_wherever_they_come_from(tmp_path: Path) -> None:
     names = ['cat', 'dog', 'fox']
     model = timm.create_model('simple_cnn_se', num_classes=3)
     given: tuple[Any, ...] = ({2: 'fox', 1: 'dog', 0: 'cat'}, {'1': 'dog', '0': 'cat', '2': 'fox'}, tuple(names))
+    folder = tmp_path
     for i, labels in enumerate(given):
         folder = save(model, tmp_path / f'{i}', label_names=labels)
         assert json.loads((folder / 'config.json').read_text())['label_names'] == names

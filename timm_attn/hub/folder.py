@@ -40,7 +40,7 @@ from .rules import CARD, CONFIG, MAX_CARD_BYTES, WEIGHTS
 
 # The order in which the files of a model take their places; without the last one, nobody reads the others.
 MODEL_FILES = (WEIGHTS, CARD, CONFIG)
-Labels = Sequence[str] | Mapping[int, str] | Mapping[str, str]
+Labels = Sequence[str] | Mapping[Any, str]
 EvaluationLike = Evaluation | Mapping[str, Any] | Sequence[Evaluation | Mapping[str, Any]] | None
 # What a folder may hold besides the three files and is pushed with them: pictures that a card shows, and the recipe.
 _EXTRAS = ('*.png', 'recipe.yaml')

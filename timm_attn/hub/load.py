@@ -85,23 +85,20 @@ def load_from_hub(
     """
     repo_id, revision = _parse_source(repo_id, revision)
     _check_kwargs(kwargs, repo_id)
-    api = hub_api(token)
-    with timeouts():
-        snapshot, model = retry('load', repo_id, api.token, lambda: _fetch_model(api, repo_id, revision, cache_dir))
-    remember(snapshot, cache_dir)
-    return _build(model, kwargs, {'hf_hub_id': f'{repo_id}@{snapshot.commit}', 'source': 'hf-hub'})
+    return open_model(f'hf-hub:{repo_id}', revision=revision, token=token, cache_dir=cache_dir, **kwargs)
 
 
-def open_model(source: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
+def open_model(source: str | os.PathLike[str], *, pretrained: bool = True, **kwargs: Any) -> nn.Module:
     """Loads a model from wherever it is, with all checks of `load_from_hub`: the one door for foreign files.
 
     Args:
         source: A model folder ('out/x' or 'local-dir:out/x'), or a repository ('me/x' or 'hf-hub:me/x@REVISION').
+        pretrained: False gives a model of the same architecture with random weights; all checks are made.
         **kwargs: For `timm.create_model`: `num_classes`, `in_chans`, `features_only`, `drop_rate`, ...; for a
             repository also those of `load_from_hub`.
 
     Returns:
-        The model, with its weights.
+        The model.
 
     Raises:
         ValueError: `source` is neither folder nor repository, or an argument could undo the checks.
@@ -109,13 +106,18 @@ def open_model(source: str | os.PathLike[str], **kwargs: Any) -> nn.Module:
         HubError: The Hub or the way to it failed and the cache cannot help.
     """
     text = os.fspath(source)
+    _check_kwargs(kwargs, text)
     folder = Path(text.removeprefix('local-dir:'))
     if text.startswith('local-dir:') or folder.is_dir():
         if not folder.is_dir():
             raise HubFileError(f"'{folder}' is no folder: write a model there with timm_attn.save(model, directory).")
-        _check_kwargs(kwargs, text)
-        return _build(open_folder(folder), kwargs, {'file': str(folder), 'source': 'local-dir'})
-    return load_from_hub(text, **kwargs)
+        return _build(open_folder(folder), kwargs, {'file': str(folder), 'source': 'local-dir'}, pretrained)
+    repo_id, revision = _parse_source(text, kwargs.pop('revision', None))
+    api, cache_dir = hub_api(kwargs.pop('token', None)), kwargs.pop('cache_dir', None)
+    with timeouts():
+        snapshot, model = retry('load', repo_id, api.token, lambda: _fetch_model(api, repo_id, revision, cache_dir))
+    remember(snapshot, cache_dir)
+    return _build(model, kwargs, {'hf_hub_id': f'{repo_id}@{snapshot.commit}', 'source': 'hf-hub'}, pretrained)
 
 
 def _check_kwargs(kwargs: dict[str, Any], source: str) -> None:
@@ -123,7 +125,7 @@ def _check_kwargs(kwargs: dict[str, Any], source: str) -> None:
         raise ValueError(f'{undoing} cannot be given here: the weights are those of {source}.')
 
 
-def _build(files: ModelFiles, kwargs: dict[str, Any], source: dict[str, str]) -> nn.Module:
+def _build(files: ModelFiles, kwargs: dict[str, Any], source: dict[str, str], pretrained: bool) -> nn.Module:
     # The file has all keys and shapes of the model in the config, so that what timm leaves out from here on is exactly
     # what the caller's own arguments replace: the head for other classes, the first convolution for other channels.
     config = files.config
@@ -141,7 +143,7 @@ def _build(files: ModelFiles, kwargs: dict[str, Any], source: dict[str, str]) ->
         'source': 'checked',
     }
     model: Any = timm.create_model(
-        config.architecture, pretrained=True, pretrained_cfg=cfg, **{**config.model_args, **kwargs}
+        config.architecture, pretrained=pretrained, pretrained_cfg=cfg, **{**config.model_args, **kwargs}
     )
     cfg = {k: v for k, v in model.pretrained_cfg.items() if k != 'state_dict'}
     model.pretrained_cfg = model.default_cfg = {**cfg, **source}
@@ -186,6 +188,7 @@ def pull(
     # A flat config.json in the form that timm's own reader takes whatever stands in it.
     if 'pretrained_cfg' not in parse_config(model.files[CONFIG]):
         model.files[CONFIG] = encode_config(model.config.raw)
-    with atomic_files(directory, MODEL_FILES) as (prepared, cut_off):
-        write_model(model.files, Path(directory), prepared, overwrite, cut_off)
+    folder = Path(directory)
+    with atomic_files(folder, MODEL_FILES) as (prepared, cut_off):
+        write_model(model.files, folder, prepared, overwrite, cut_off)
     return snapshot.commit

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..explain import attention_maps, gate_kinds, gates_only
-from ..files import atomic_write
+from ..files import atomic_write, check_vacant
 from . import plots, tables
 from .compare import compare, write_report
 from .comparison import Comparison
@@ -45,7 +45,9 @@ def quickstart(out: str | Path, *, jobs: int = 1, smoke: bool = False, **setting
     comparison = Comparison(models, data, Settings(**chosen), seeds=1)
     runs_folder = out / 'comparison'
     own = (runs_folder / 'comparison.json').exists()
-    if not own and out.exists() and any(out.iterdir()):
+    if not own and out.is_dir():
+        check_vacant(runs_folder)  # one that was killed before it wrote down its comparison leaves this folder
+    if not own and out.exists() and (not out.is_dir() or any(p != runs_folder for p in out.iterdir())):
         raise ValueError(f"'{out}' is not empty and holds no earlier quickstart: choose another folder.")
     runs = compare(comparison, runs_folder, jobs=jobs, save_weights=True)
     table, _, text = write_report(runs_folder)
