@@ -73,10 +73,12 @@ def read_within(folder: str | Path, name: str, max_bytes: int | None = None) -> 
         )
     # A pipe would be waited for; a link put there a moment ago would be followed.
     flags = os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_NOFOLLOW', 0) | getattr(os, 'O_BINARY', 0)
-    with open(os.open(target, flags), 'rb') as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"'{Path(folder) / name}' is no regular file: move it away.")
+    handle = os.open(target, flags)
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(handle)
+        raise ValueError(f"'{Path(folder) / name}' is no regular file: move it away.")
+    with open(handle, 'rb') as file:
         if max_bytes is not None and status.st_size > max_bytes:
             raise ValueError(f"'{Path(folder) / name}' has {status.st_size} bytes; at most {max_bytes} are read.")
         return file.read() if max_bytes is None else file.read(max_bytes + 1)

@@ -1,23 +1,27 @@
 """The card: computed, complete, deterministic, and kind to what somebody wrote into it."""
 
+import dataclasses
+import html
 import json
 import re
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import timm
 import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard
+from markdown_it import MarkdownIt
 
 import timm_attn
-from timm_attn.hub.card import check_card, merge_card, render_card, split_card
+from timm_attn.hub.card import attention_tags, check_card, merge_card, render_card, split_card
 from timm_attn.hub.client import HubFileError
 from timm_attn.hub.folder import card_of_folder, save
 from timm_attn.hub.publish import card_of_tag, index_of_tags
 from timm_attn.hub.records import normalise_evaluation
+from timm_attn.layers import Attention, Gate, _registry
 from timm_attn.measure import count
 from timm_attn.weights import TAGS
 
@@ -86,6 +90,30 @@ def test_every_attention_is_cited_from_the_registry(name: str) -> None:
     assert spec.bibtex in text and spec.paper in text and f'({name})' in text
     assert name in metadata(text)['tags'] and 'transformers' not in metadata(text)['tags']
     assert 'he2016resnet' in text and 'rw2019timm' in text
+
+
+# By the papers, not by the classes.
+KINDS = {
+    'channel-attention': {'se', 'cbam', 'bam', 'gam', 'sk', 'eca', 'srm', 'gsop', 'triplet', 'csa'},
+    'spatial-attention': {'cbam', 'bam', 'gam', 'triplet'},
+    'self-attention': {'csa'},
+}
+
+
+def test_tags_say_what_kinds_of_gate_an_attention_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    for tag, names in KINDS.items():
+        for name in set.union(*KINDS.values()):
+            assert (tag in attention_tags(name)) == (name in names), (tag, name)
+
+    class Rows(Attention):
+        kinds: ClassVar = {'rows': Gate('H', 'rows')}
+        keywords = ('axial-attention',)
+
+    spec = dataclasses.replace(timm_attn.get_attn('se'), name='rows', cls=Rows)
+    monkeypatch.setitem(_registry._ATTENTIONS, 'rows', spec)
+    assert attention_tags('rows') == ['spatial-attention', 'axial-attention']
+    monkeypatch.setattr(Rows, 'kinds', {'a': Gate('B', 'a')})
+    assert attention_tags('rows') == ['axial-attention']
 
 
 def test_same_input_gives_the_same_text_and_nothing_unknown_is_named() -> None:
@@ -197,6 +225,24 @@ def test_foreign_text_cannot_leave_its_place() -> None:
     assert metadata(text)['datasets'] == ['a: b\n- c']
     assert metadata(text)['model-index'][0]['results'][0]['dataset']['name'] == 'a: b | <b>c</b>'
     assert split_card(text)[0] == metadata(text)
+
+
+def test_markdown_in_records_is_shown_and_does_nothing() -> None:
+    evil = '[x](javascript:alert(1)) ![y](http://tracker.example/a.png) `z` <http://a.example> &lt;b&gt; \\[q](r)'
+    text = render_card(
+        config(
+            status='trained',
+            training={'data': evil, 'notes': evil, 'optimizer': {evil[:100]: 1}},
+            evaluation=[{'dataset': evil, 'protocol': evil, 'metrics': {evil[:100]: 1.5}}],
+            provenance={'source': evil, 'source_url': evil, 'stated': evil, 'conversion': evil},
+        ),
+        name='x',
+    )
+    rendered = MarkdownIt('commonmark').enable('table').render(split_card(text)[1])
+    links = set(re.findall(r'<(?:a|img)[^>]*(?:href|src)="([^"]*)"', rendered))
+    own = {timm_attn.get_attn('cbam').paper, timm_attn.get_attn('cbam').code}
+    assert links == own
+    assert '[x](javascript:alert(1))' in html.unescape(rendered) and '<b>' not in rendered
 
 
 # --- What somebody wrote ----------------------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ def test_reading_stays_within_the_folder_and_waits_for_nobody(tmp_path: Path) ->
         with pytest.raises(ValueError, match=r'leads out of its folder'):
             read_within(folder, name)
     for name in ('pipe', 'sub'):
-        with pytest.raises((ValueError, OSError), match=r'no regular file|directory'):
+        with pytest.raises(ValueError, match=r'no regular file'):
             read_within(folder, name)
     with pytest.raises(ValueError, match=r'has 4 bytes; at most 3'):
         read_within(folder, 'good', 3)

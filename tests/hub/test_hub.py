@@ -135,6 +135,15 @@ def test_pull_writes_a_folder_that_timm_reads(hub_client: Any, tmp_path: Path) -
     with pytest.raises(ValueError, match=r'already holds .*overwrite'):
         pull('me/x', tmp_path / 'out')
     pull('me/x', tmp_path / 'out', overwrite=True)
+    # A repository without a card: the one of the model that was here goes, a human's words stay.
+    save(build('se'), tmp_path / 'other')
+    card = tmp_path / 'other' / 'README.md'
+    card.write_text(card.read_text() + '\nKeep me.\n')
+    hub_client.hub.create_repo('me/bare')
+    files = {n: (tmp_path / 'out' / n).read_bytes() for n in ('config.json', 'model.safetensors')}
+    hub_client.hub.commit('me/bare', files)
+    pull('me/bare', tmp_path / 'other', overwrite=True)
+    assert 'Keep me.' in card.read_text() and '(eca)' in card.read_text() and '(se)' not in card.read_text()
 
 
 def test_commands(hub_client: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,8 +203,10 @@ def test_the_stem_for_small_images_is_saved_with_their_size(tmp_path: Path) -> N
         model: Any = timm.create_model(f'{name}_resnet{depth}', num_classes=3, cifar_stem=True, in_chans=1)
         folder = save(model, tmp_path / name)
         again = timm.create_model(f'local-dir:{folder}', pretrained=True)
-        for cfg in (resolve_model_data_config(m) for m in (model, again)):
-            assert cfg['input_size'] == (1, 32, 32) and cfg['crop_pct'] == 1.0
+        for m in (model, again):
+            cfg = resolve_model_data_config(m)
+            # timm's own models, too, say 3 channels until they are saved.
+            assert tuple(cfg['input_size']) == (3 if m is model else 1, 32, 32) and cfg['crop_pct'] == 1.0
         assert 'test_input_size' not in json.loads((folder / 'config.json').read_text())['pretrained_cfg']
         assert '**Image size:** 1 x 32 x 32' in (folder / 'README.md').read_text()
     # What is said wins, at creation, when saving, and in a saved config.

@@ -300,12 +300,20 @@ def save(
     with atomic_files(folder, MODEL_FILES) as (prepared, cut_off):
         files = {WEIGHTS: weights, CONFIG: encode_config(config)}
         if card:
-            files[CARD] = render_card(config, weights=weights, old=_old_card(folder)).encode()
+            files[CARD] = render_card(config, weights=weights, old=old_card(folder)).encode()
         write_model(files, folder, prepared, overwrite, cut_off)
     return folder
 
 
-def _old_card(folder: Path) -> str | None:
+def old_card(folder: Path) -> str | None:
+    """The card that a folder has, None where it has none.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        HubFileError: It cannot be read without losing words, or leads elsewhere.
+    """
     return decode_card(_read(folder, CARD, MAX_CARD_BYTES)) if os.path.lexists(folder / CARD) else None
 
 

@@ -10,10 +10,11 @@ from torch import nn
 
 from ..files import atomic_files
 from ..weights.check import check_values
+from .card import render_card
 from .client import HubFileError, hub_api, retry, timeouts
 from .config import MAX_CONFIG_BYTES, build_meta, check_config, encode_config, layer_names, parse_config
 from .download import Snapshot, fetch, remember, resolve
-from .folder import MODEL_FILES, ModelFiles, check_model, open_folder, write_model
+from .folder import MODEL_FILES, ModelFiles, check_model, old_card, open_folder, write_model
 from .rules import CARD, CONFIG, MAX_CARD_BYTES, WEIGHTS, check_repo_id
 
 # Arguments of timm.create_model that would load something else, or less.
@@ -190,5 +191,8 @@ def pull(
         model.files[CONFIG] = encode_config(model.config.raw)
     folder = Path(directory)
     with atomic_files(folder, MODEL_FILES) as (prepared, cut_off):
+        if overwrite and CARD not in model.files and (old := old_card(folder)) is not None:
+            # What it says of another model must not stay, and what somebody wrote into it must not go.
+            model.files[CARD] = render_card(model.config, weights=model.files[WEIGHTS], old=old).encode()
         write_model(model.files, folder, prepared, overwrite, cut_off)
     return snapshot.commit

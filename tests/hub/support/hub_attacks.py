@@ -249,10 +249,10 @@ _WEIGHTS: tuple[tuple[str, Callable[[Files], Files], str], ...] = (
     ('1e300, which float32 does not hold', _weights(_float64(1e300)), 'NaN or infinite values once they are float32'),
     (
         'a variance below 0',
-        _weights(_changed('blocks.0.bn.running_var', -1)),
+        _weights(_changed('blocks.0.se.bn.running_var', -1)),
         'is negative .-1., and a variance is not',
     ),
-    ('a count below 0', _weights(_changed('blocks.0.bn.num_batches_tracked', -5)), 'counts batches'),
+    ('a count below 0', _weights(_changed('blocks.0.se.bn.num_batches_tracked', -5)), 'counts batches'),
     ('200 000 empty tensors', _weights(_many), '200000 that do not belong'),
     ('a name twice', _weights(_repeated), 'twice'),
     ('a dtype that is a list', _header(lambda h: h['head.fc.bias'].update(dtype=['F32'])), 'no intact safetensors'),
