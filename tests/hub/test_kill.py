@@ -19,7 +19,7 @@ SUPPORT = str(Path(__file__).with_name('support'))
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='the child processes are forked')
 
 
-def _kill(support: str, function: str, *args: str) -> Any:
+def _kill(support: str, function: str, *args: str) -> object:
     import sys
 
     sys.path.insert(0, support)
