@@ -308,7 +308,7 @@ KILLS = [
         ('convert over', 'all of the old or all of the new; run again', 20),
         ('quickstart', 'none or all of the new, without or with its pictures; run again', 20),
         ('card', 'the old card or the new one, each with its config; run again', 10),
-        ('push', 'folder and repository stay whole; run again', 4),
+        ('push', 'folder and repository stay whole; run again', 3),
     )
 ]
 
