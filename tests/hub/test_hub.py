@@ -27,7 +27,11 @@ from timm_attn.hub.records import Evaluation, Provenance, Training
 
 SMALL: dict[str, Any] = {'layers': (1, 1, 1, 1), 'channels': (16, 32, 64, 128)}
 DATA: dict[str, Any] = {'input_size': (3, 32, 32), 'mean': (0.5, 0.5, 0.5), 'std': (0.25, 0.25, 0.25), 'crop_pct': 1.0}
-NAMES = {name: f'{name}_resnet18' for name in timm_attn.list_attn()} | {'gsop': 'gsop_resnet50', 'sk': 'sk_resnet50'}
+# The smallest registered model of each attention.
+NAMES = {
+    name: next(m for depth in (18, 34, 50) if timm.is_model(m := f'{name}_resnet{depth}'))
+    for name in timm_attn.list_attn()
+}
 
 
 def create(name: str, **kwargs: Any) -> nn.Module:
@@ -41,8 +45,11 @@ def create(name: str, **kwargs: Any) -> nn.Module:
 
 
 def build(attn: str, **kwargs: Any) -> nn.Module:
-    # The selective kernel has 32 groups.
-    small = {**SMALL, 'channels': (32, 64, 128, 256)} if attn == 'sk' else SMALL
+    small = dict(SMALL)
+    try:
+        timm_attn.create_attn(attn, 16)
+    except ValueError:  # groups that divide no 16 channels, or a bottleneck that leaves none of them
+        small.pop('channels')
     return create(NAMES[attn], num_classes=6, **small, **kwargs)
 
 
