@@ -21,7 +21,7 @@ from timm_attn.explain.pictures import label_names
 from timm_attn.hub import client
 from timm_attn.hub.client import HubError, HubFileError
 from timm_attn.hub.folder import portable_state_dict, read_folder, save
-from timm_attn.hub.load import load_from_hub, pull
+from timm_attn.hub.load import load_from_hub, open_model, pull
 from timm_attn.hub.push import push_to_hub
 from timm_attn.hub.records import Evaluation, Provenance, Training
 
@@ -333,9 +333,9 @@ def test_save_refuses_what_it_could_not_read_back(tmp_path: Path) -> None:
     resnet = timm.create_model('resnet18', **SMALL)
     with pytest.raises(ValueError, match=r'has no name to rebuild it by'):
         save(nn.Linear(2, 2), tmp_path / 'a')
-    injected = timm_attn.inject(resnet, 'cbam')
+    resnet.extra = nn.Linear(2, 2)
     with pytest.raises(HubFileError, match=r'that do not belong.*cannot be rebuilt from its name: .*cbam_resnet50'):
-        save(injected, tmp_path / 'b')
+        save(resnet, tmp_path / 'b')
     with torch.device('meta'):
         meta = timm.create_model('se_resnet18')
     with pytest.raises(ValueError, match=r'on the meta device'):
@@ -347,6 +347,14 @@ def test_save_refuses_what_it_could_not_read_back(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'label_names has 2 names, but there are 6 classes'):
         save(build('se'), tmp_path / 'g', label_names=['a', 'b'])
     assert not [p for p in tmp_path.rglob('*') if p.is_file()]
+
+
+def test_injected_models_go_through_the_same_door(hub_client: Any, tmp_path: Path) -> None:
+    model = timm_attn.inject(create('resnet18', num_classes=6, **SMALL), 'cbam').eval()
+    x = torch.randn(2, 3, 32, 32)
+    push_to_hub(save(model, tmp_path / 'm'), 'me/x')
+    for again in (open_model(tmp_path / 'm'), load_from_hub('me/x')):
+        assert torch.equal(again.eval()(x), model(x))
 
 
 def test_shared_weights_are_written_apart() -> None:
