@@ -163,8 +163,6 @@ def _load_adapter(folder: Path, config: Config, sha256: str, base: Base) -> nn.M
     # The base may be any size, the adapter's size is that of a few layers.
     path = folder / ADAPTER
     data = _read(folder, ADAPTER, MAX_HEADER_BYTES + (2 << 30))
-    if config.about.get('weights_sha256', sha := sha256_of(data)) != sha:
-        raise HubFileError(f"'{folder / CONFIG}' belongs to another adapter: '{path}' has the sha256 {sha}.")
     try:
         own = safetensors.torch.load(data)
     except Exception as e:
@@ -184,6 +182,8 @@ def _load_adapter(folder: Path, config: Config, sha256: str, base: Base) -> nn.M
             f"The weights of the base '{name}' are not those that the adapter in '{folder}' was made on (sha256 "
             f'{found[:12]}..., expected {sha256[:12]}...): its source has changed, or another `base` was given.'
         )
+    if config.about.get('weights_sha256', sha := sha256_of(data)) != sha:
+        raise HubFileError(f"'{folder / CONFIG}' belongs to another adapter: '{path}' has the sha256 {sha}.")
     try:
         model.load_state_dict({**rest, **own})
     except RuntimeError as e:
