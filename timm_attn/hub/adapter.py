@@ -182,12 +182,12 @@ def _load_adapter(folder: Path, config: Config, sha256: str, base: Base) -> nn.M
             f"The weights of the base '{name}' are not those that the adapter in '{folder}' was made on (sha256 "
             f'{found[:12]}..., expected {sha256[:12]}...): its source has changed, or another `base` was given.'
         )
-    if config.about.get('weights_sha256', sha := sha256_of(data)) != sha:
-        raise HubFileError(f"'{folder / CONFIG}' belongs to another adapter: '{path}' has the sha256 {sha}.")
     try:
         model.load_state_dict({**rest, **own})
     except RuntimeError as e:
         raise HubFileError(f"'{path}' does not fit the model of {CONFIG}: {' '.join(str(e).split())[:500]}") from e
+    if config.about.get('weights_sha256', sha := sha256_of(data)) != sha:
+        raise HubFileError(f"'{folder / CONFIG}' belongs to another adapter: '{path}' has the sha256 {sha}.")
     cfg = {**config.pretrained_cfg, 'architecture': 'injected', 'num_classes': config.num_classes}
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **cfg}
     return model
