@@ -12,8 +12,7 @@ from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..hub.folder import read_folder
-from ..hub.load import load_from_hub
+from ..hub.load import open_model
 from .images import plain
 
 # Of long over short side. Resized so that the short side is the model's, a longer image would need gigabytes.
@@ -30,12 +29,8 @@ def load_model(source: str, *, pretrained: bool = True) -> nn.Module:
     Raises:
         ValueError: It is none of the three, or a folder whose files are damaged or do not fit each other.
     """
-    path = Path(source.removeprefix('local-dir:'))
-    if path.is_dir():
-        read_folder(path)
-        return timm.create_model(f'local-dir:{path}', pretrained=True).eval()
-    if source.startswith('hf-hub:') or source.count('/') == 1:
-        return load_from_hub(source.removeprefix('hf-hub:')).eval()
+    if Path(source).is_dir() or source.startswith(('local-dir:', 'hf-hub:')) or source.count('/') == 1:
+        return open_model(source).eval()
     if not timm.is_model(source):
         raise ValueError(
             f"'{source}' is no folder, no Hub repository (owner/name) and no registered model: see timm-attn list."

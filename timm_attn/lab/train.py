@@ -10,7 +10,6 @@ import math
 import os
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -31,8 +30,7 @@ from timm.utils import AverageMeter, accuracy, dispatch_clip_grad, random_seed
 from torch import Tensor, nn
 
 from ..files import atomic_write
-from ..hub.folder import read_folder
-from ..hub.load import load_from_hub, pull
+from ..hub.load import open_model
 from ..measure import clock, environment, kept_bytes
 from ..models import cifar_stem_
 from .data import Data, near, rng_state, set_rng_state, stream_seed
@@ -152,17 +150,7 @@ def is_source(name: str) -> bool:
 
 
 def _from_source(name: str, args: dict[str, Any], pretrained: bool) -> nn.Module:
-    kind, _, where = name.partition(':')
-    if kind != 'local-dir' and pretrained:
-        return load_from_hub(where, **args)
-    with tempfile.TemporaryDirectory() as folder:
-        if kind != 'local-dir':  # The architecture alone is asked for; it is read as carefully.
-            pull(where, folder, overwrite=True)
-            where = folder
-        config, _ = read_folder(where)
-        if pretrained:
-            return timm.create_model(f'local-dir:{where}', pretrained=True, **args)
-        return timm.create_model(config.architecture, **{**config.model_args, **args})
+    return open_model(name.replace('hf_hub:', 'hf-hub:'), pretrained=pretrained, **args)
 
 
 def optimization(model: nn.Module, settings: Settings, updates_per_epoch: int) -> tuple[torch.optim.Optimizer, Any]:
