@@ -8,8 +8,11 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from timm_attn import get_attn, list_attn
+import timm
+
+from timm_attn import create_attn, get_attn, list_attn
 from timm_attn.bench import OURS, fastest_peer, kinds
 from timm_attn.cli.list import markdown_table, models_table
 from timm_attn.weights import TAGS, weights_table
@@ -26,6 +29,58 @@ def attentions_table() -> str:
         spec = get_attn(name)
         rows.append((f'`{name}`', f'[{spec.title}]({spec.paper})', spec.place, 'yes' if name in trained else '-'))
     return markdown_table(('name', 'paper', 'place in a ResNet', 'trained weights'), rows)
+
+
+def _facts(name: str) -> dict[str, Any]:
+    """What the registry and the class say of an attention, at 256 channels."""
+    attn = create_attn(name, 256, device='meta')
+    gates = ''.join(gate.axes for gate in attn.kinds.values())
+    depths = timm.list_models(f'{name}_resn*')
+    return {
+        'parameters': sum(p.numel() for p in attn.parameters()),
+        'neutral': attn.neutral_gate,
+        'positions': 'H' in gates or 'W' in gates,
+        'channels': 'C' in gates.replace('CHW', '').replace('CC', ''),
+        'self-attention': 'self-attention' in attn.keywords,
+        'trained': any(t.status == 'trained' and t.model in depths for t in TAGS),
+        'warm': any(t.status == 'warm' and t.model in depths for t in TAGS),
+    }
+
+
+def reference_table() -> str:
+    """Every attention by its equation, place, size, licence of the released code and neutral constant."""
+    rows = []
+    for name in list_attn():
+        spec, facts = get_attn(name), _facts(name)
+        neutral = 'none' if facts['neutral'] is None else f'{facts["neutral"]:g}'
+        weights = 'trained' if facts['trained'] else 'warm start' if facts['warm'] else '-'
+        equation = spec.equation.replace('|', '\\|')
+        paper = f'[{spec.year}]({spec.paper})'
+        licence = f'[{spec.licence}]({spec.code})' if spec.code else "the project's own"
+        rows.append((f'`{name}`', equation, spec.place, f'{facts["parameters"]:,}', neutral, weights, licence, paper))
+    head = ('name', 'equation', 'place in a ResNet', 'parameters, C = 256', 'neutral', 'weights', 'its code', 'paper')
+    return markdown_table(head, rows)
+
+
+def needs_table() -> str:
+    """The attentions that answer a need."""
+    facts = {name: _facts(name) for name in list_attn()}
+    cheapest = sorted(facts, key=lambda n: facts[n]['parameters'])[:6]
+    needs: dict[str, list[str]] = {
+        'no parameters': [n for n, f in facts.items() if not f['parameters']],
+        'cheapest in parameters, the fewest first': cheapest,
+        'sees positions': [n for n, f in facts.items() if f['positions']],
+        'weights channels alone': [n for n, f in facts.items() if f['channels'] and not f['positions']],
+        'self-attention': [n for n, f in facts.items() if f['self-attention']],
+        'has trained ImageNet weights': [n for n, f in facts.items() if f['trained']],
+        'starts from a plain ResNet without changing it': [n for n, f in facts.items() if f['warm']],
+        'the identity as it is built, so injecting changes nothing': [
+            n for n, f in facts.items() if f['neutral'] == 1 and get_attn(n).placement != 'conv'
+        ],
+    }
+    return markdown_table(
+        ('need', 'attentions'), [(n, ', '.join(f'`{a}`' for a in found)) for n, found in needs.items()]
+    )
 
 
 def parity_table() -> str:
@@ -93,6 +148,7 @@ def costs_table() -> str:
 Table = Callable[[], str]
 PAGES: dict[Path, dict[str, Table]] = {
     ROOT / 'README.md': {'attentions': attentions_table},
+    ROOT / 'docs/attentions.md': {'needs': needs_table, 'reference': reference_table},
     ROOT / 'docs/models.md': {'models': models_table, 'weights': weights_table},
     ROOT / 'docs/speed.md': {'bytes': bytes_table, 'times': times_table},
     ROOT / 'docs/fidelity.md': {'parity': parity_table},

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import timm_attn
-from timm_attn import inject, list_attn
+from timm_attn import create_attn, inject, list_attn
 from timm_attn.layers import _registry, attn_sites, get_attn
 
 THIN: dict[str, Any] = {'layers': (1, 1, 1, 1), 'channels': (32, 64, 96, 128)}
-SMALLER: dict[str, dict[str, Any]] = {'gsop': {'dim': 16}}
+SMALLER: dict[str, dict[str, Any]] = {'gsop': {'dim': 16}, 'sge': {'groups': 8}}
 INJECTED = [name for name in list_attn() if get_attn(name).placement != 'conv']
+NEUTRAL = [name for name in INJECTED if create_attn(name, 64, device='meta').neutral_gate is not None]
 # One small member of each family that has slots, with the number of its slots.
 FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
     'resnet18': ({}, 8),
@@ -68,7 +69,7 @@ def image(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def power_of_two(model: nn.Module) -> bool:
-    return all(m.neutral_gate in (0.25, 0.5, 1) for m in attn_sites(model).values())
+    return all(m.neutral_gate in (0.125, 0.25, 0.5, 1) for m in attn_sites(model).values())
 
 
 def assert_unchanged(model: nn.Module, got: Tensor, want: Tensor) -> None:
@@ -94,7 +95,7 @@ def feels(model: nn.Module, x: Tensor, before: Tensor) -> list[str]:
 # The identity start.
 
 
-@pytest.mark.parametrize('name', INJECTED)
+@pytest.mark.parametrize('name', NEUTRAL)
 def test_identity_start_changes_no_output_of_a_resnet(name: str) -> None:
     model = trained('resnet18', **THIN)
     x = image(2, 3, 64, 48)
@@ -109,7 +110,7 @@ def test_identity_start_changes_no_output_of_a_resnet(name: str) -> None:
         assert feels(model, x, model(x)) == []
 
 
-@pytest.mark.parametrize('name', INJECTED)
+@pytest.mark.parametrize('name', NEUTRAL)
 def test_identity_start_changes_no_output_in_bfloat16(name: str) -> None:
     x = image(2, 3, 64, 64)
     plain, model = trained('resnet18', **THIN), inject(trained('resnet18', **THIN), name, **SMALLER.get(name, {}))
@@ -153,7 +154,7 @@ def test_identity_start_of_bam_follows_the_stages(family: str) -> None:
     assert set(keys) <= set(model.state_dict())
 
 
-@pytest.mark.parametrize('name', INJECTED)
+@pytest.mark.parametrize('name', NEUTRAL)
 def test_identity_start_learns_in_two_steps(name: str) -> None:
     # Two hidden units, 32 // 16, are easily both dead.
     args: dict[str, Any] = {'rd_ratio': 1 / 4} if name in ('se', 'cbam', 'bam', 'gam') else SMALLER.get(name, {})
@@ -193,16 +194,16 @@ def test_paper_start_has_the_keys_and_shapes_of_the_registered_model(model_name:
 
 
 @pytest.mark.parametrize(
-    # GSoP is defined for bottlenecks.
+    # GSoP is defined for bottlenecks; there is no FcaNet-18.
     ('name', 'depth'),
-    [(name, depth) for name in INJECTED for depth in (18, 50) if (name, depth) != ('gsop', 18)],
+    [(name, depth) for name in INJECTED for depth in (18, 50) if (name, depth) not in (('gsop', 18), ('fca', 18))],
 )
 def test_paper_start_has_the_outputs_of_the_registered_model(name: str, depth: int) -> None:
     if name == 'gsop':
         # Its released nets keep the resolution of the last stage, which no injection can do.
         ours = trained('gsop_resnet50', **THIN, last_stride=2)
     else:
-        ours = trained(f'{name}_resnet{depth}', **THIN)
+        ours = trained(f'{name}_resnet{depth}', **THIN, attn_args=SMALLER.get(name, {}))
     plain = create_model(f'resnet{depth}', num_classes=10, **THIN)
     inject(plain, name, start='paper', **ours.attn_args).eval()
     plain.load_state_dict(ours.state_dict())
@@ -215,6 +216,39 @@ def test_paper_start_has_the_outputs_of_the_registered_model(name: str, depth: i
 def test_paper_start_has_no_gain(name: str) -> None:
     model = inject(trained('resnet18', **THIN), name, start='paper', **SMALLER.get(name, {}))
     assert {m.gain for m in attn_sites(model).values()} == {1.0}
+
+
+def test_an_attention_without_a_neutral_state_has_the_paper_start_alone() -> None:
+    model = trained('resnet18', **THIN)
+    keys, want = list(model.state_dict()), model(image(1, 3, 64, 64))
+    with pytest.raises(ValueError, match="use start='paper'"):
+        inject(model, 'simam')
+    assert list(model.state_dict()) == keys and not attn_sites(model)
+    # Between conv2 and bn2: it multiplies what the convolution returns, and the keys are a plain ResNet's.
+    inject(model, 'simam', start='paper', e_lambda=0.1)
+    assert list(model.state_dict()) == keys
+    assert list(attn_sites(model)) == [f'layer{k}.0.conv2.attn' for k in (1, 2, 3, 4)]
+    block, x = model.layer1[0], image(2, 32, 9, 7)
+    y = nn.functional.conv2d(x, block.conv2.weight, padding=1)
+    d = (y - y.mean((2, 3), keepdim=True)).square()
+    gate = (d / (4 * (d.sum((2, 3), keepdim=True) / 62 + 0.1)) + 0.5).sigmoid()
+    torch.testing.assert_close(block.conv2(x), y * gate)
+    assert not torch.allclose(model(image(1, 3, 64, 64)), want, rtol=1e-2)
+
+
+def test_one_non_local_block_stands_before_the_last_block_of_the_third_stage() -> None:
+    def sites(name: str, **kwargs: Any) -> list[str]:
+        return list(attn_sites(inject(create_model(name, device='meta', **kwargs), 'nl', start='paper')))
+
+    assert sites('resnet50') == sites('resnext50_32x4d') == ['layer3.4.se']
+    assert sites('resnet101') == ['layer3.21.se']
+    assert sites('resnet18', **THIN) == ['layer3.0.se']
+    assert sites('regnetx_002') == ['s3.b3.se']
+
+
+def test_placement_between_conv2_and_bn2_needs_them() -> None:
+    with pytest.raises(ValueError, match="RegNet has no block with a convolution 'conv2' and its BatchNorm 'bn2'"):
+        inject(create_model('regnetx_002', device='meta'), 'simam', start='paper')
 
 
 def test_paper_start_changes_the_output() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -254,6 +255,18 @@ def test_module_equals_official_code(path: Path, record_property: Callable[[str,
     record_property('worst', (worst, gaps[worst]))
     bad = {key: f'{gap:.3g}' for key, gap in gaps.items() if not gap <= 1}
     assert not bad, f'gaps as multiples of the tolerance: {bad}'
+
+
+def test_fcas_waves_are_the_released_buffers() -> None:
+    """At C = 16 a channel has a wave of its own; what comes of one pixel is the wave's value there."""
+    waves = load_file(Path(__file__).parents[1] / 'golden' / 'fca_dct.safetensors')
+    for key, wave in waves.items():
+        size = wave.shape[-1]
+        attn: Any = create_attn('fca', 16, dct_size=size, rd_ratio=1).double()
+        for row, column in ((0, 0), (1, size - 1), (size // 2, 3)):
+            x = torch.zeros(1, 16, size, size, dtype=torch.float64)
+            x[:, :, row, column] = 1
+            assert (attn.spectrum(x)[0] - wave[:, row, column]).abs().max() < 1e-7, key
 
 
 def test_unknown_golden_file_fails() -> None:

@@ -43,6 +43,7 @@ class AttnSpec:
         paper: Link to the paper.
         code: Link to the code that the default follows; empty where the module is this project's own.
         licence: Of that code, by its SPDX name, or 'none stated'; empty where there is no code.
+        equation: What it computes, in a line; s is the sigmoid, W and w are learned.
     """
 
     name: str
@@ -55,6 +56,7 @@ class AttnSpec:
     paper: str
     code: str
     licence: str = ''
+    equation: str = ''
 
     @property
     def place(self) -> str:
@@ -85,6 +87,7 @@ def register_attn(
     paper: str,
     code: str,
     licence: str = '',
+    equation: str = '',
 ) -> Callable[[T], T]:
     """Puts a class into the registry under `name`; the other arguments are the fields of `AttnSpec`.
 
@@ -97,7 +100,7 @@ def register_attn(
     def register(cls: T) -> T:
         if name in _ATTENTIONS:
             raise ValueError(f"Attention '{name}' is registered already, by {_ATTENTIONS[name].cls.__module__}.")
-        _ATTENTIONS[name] = AttnSpec(name, cls, placement, title, authors, year, venue, paper, code, licence)
+        _ATTENTIONS[name] = AttnSpec(name, cls, placement, title, authors, year, venue, paper, code, licence, equation)
         return cls
 
     return register

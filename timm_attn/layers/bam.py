@@ -21,6 +21,7 @@ from ._registry import register_attn
 @register_attn(
     'bam',
     placement='stage',
+    equation='y = x (1 + s(Mc(mean x) Ms(x)))',
     title='BAM: Bottleneck Attention Module',
     authors='Park, Jongchan and Woo, Sanghyun and Lee, Joon-Young and Kweon, In So',
     year=2018,

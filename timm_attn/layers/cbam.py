@@ -22,6 +22,7 @@ ORDERS = ('channel-spatial', 'spatial-channel', 'parallel')
 @register_attn(
     'cbam',
     placement='block',
+    equation='x1 = x s(MLP(mean x) + MLP(max x)); y = x1 s(BN(conv7[max_c x1, mean_c x1]))',
     title='CBAM: Convolutional Block Attention Module',
     authors='Woo, Sanghyun and Park, Jongchan and Lee, Joon-Young and Kweon, In So',
     year=2018,

@@ -21,6 +21,7 @@ from ._registry import register_attn
 @register_attn(
     'coord',
     placement='block',
+    equation='y = x s(W_h u_h) s(W_w u_w), u = hswish(BN(W [mean over columns ; mean over rows]))',
     title='Coordinate Attention for Efficient Mobile Network Design',
     authors='Hou, Qibin and Zhou, Daquan and Feng, Jiashi',
     year=2021,

@@ -22,6 +22,7 @@ from ._registry import register_attn
 @register_attn(
     'csa',
     placement='block',
+    equation='y = x + gamma W softmax(tau q kᵀ) v, tokens are channels',
     title='XCiT: Cross-Covariance Image Transformers',
     authors='El-Nouby, Alaaeldin and Touvron, Hugo and Caron, Mathilde and others',
     year=2021,

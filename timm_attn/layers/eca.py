@@ -22,6 +22,7 @@ from ._registry import register_attn
 @register_attn(
     'eca',
     placement='block',
+    equation='y = x s(conv1d(mean x))',
     title='ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks',
     authors='Wang, Qilong and Wu, Banggu and Zhu, Pengfei and Li, Peihua and Zuo, Wangmeng and Hu, Qinghua',
     year=2020,

@@ -23,6 +23,7 @@ from ._registry import register_attn
 @register_attn(
     'ema',
     placement='block',
+    equation='y = x s(softmax(mean v1) v2 + softmax(mean v2) v1) by groups, v1 = GN(x s(u_h) s(u_w)), v2 = conv3(x)',
     title='Efficient Multi-Scale Attention Module with Cross-Spatial Learning',
     authors='Ouyang, Daliang and He, Su and Zhang, Guozhong and Luo, Mingzhu and Guo, Huaiyong and others',
     year=2023,

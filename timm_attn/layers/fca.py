@@ -57,6 +57,7 @@ def waves(frequencies: list[int], size: int, length: int, like: Tensor) -> Tenso
 @register_attn(
     'fca',
     placement='block',
+    equation='y = x s(W2 relu(W1 z)), z_c = one DCT frequency of channel c',
     title='FcaNet: Frequency Channel Attention Networks',
     authors='Qin, Zequn and Zhang, Pengyi and Wu, Fei and Li, Xi',
     year=2021,

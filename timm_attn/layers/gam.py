@@ -32,6 +32,7 @@ def channel_shuffle(x: Tensor, groups: int) -> Tensor:
 @register_attn(
     'gam',
     placement='block',
+    equation='x1 = x s(MLP over channels of each pixel); y = x1 s(BN(conv7(relu(BN(conv7 x1)))))',
     title='Global Attention Mechanism: Retain Information to Enhance Channel-Spatial Interactions',
     authors='Liu, Yichao and Shao, Zongru and Hoffmann, Nico',
     year=2021,

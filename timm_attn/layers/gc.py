@@ -54,6 +54,7 @@ class ContextMlp(nn.Module):
 @register_attn(
     'gc',
     placement='block',
+    equation='y = x + W2 relu(LN(W1 sum_p softmax(w x)_p x_p))',
     title='GCNet: Non-local Networks Meet Squeeze-Excitation Networks and Beyond',
     authors='Cao, Yue and Xu, Jiarui and Lin, Stephen and Wei, Fangyun and Hu, Han',
     year=2019,

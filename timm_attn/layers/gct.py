@@ -22,6 +22,7 @@ from ._registry import register_attn
 @register_attn(
     'gct',
     placement='block',
+    equation='y = x (1 + tanh(gamma e / rms_c(e) + beta)), e = alpha |x|_2',
     title='Gated Channel Transformation for Visual Recognition',
     authors='Yang, Zongxin and Zhu, Linchao and Wu, Yu and Yang, Yi',
     year=2020,

@@ -22,6 +22,7 @@ from ._registry import register_attn
 @register_attn(
     'gsop',
     placement='last_block',
+    equation='y = x s(W conv_rows(BN(cov(relu(BN(W_d relu x))))))',
     title='Global Second-order Pooling Convolutional Networks',
     authors='Gao, Zilin and Xie, Jiangtao and Wang, Qilong and Li, Peihua',
     year=2019,

@@ -23,6 +23,7 @@ from ._registry import register_attn
 @register_attn(
     'nl',
     placement='one_block',
+    equation='y = x + BN(W softmax(theta(x)ᵀ phi(x) / sqrt h) g(x)), tokens are pixels',
     title='Non-local Neural Networks',
     authors='Wang, Xiaolong and Girshick, Ross and Gupta, Abhinav and He, Kaiming',
     year=2018,

@@ -71,6 +71,7 @@ class CellNorm(nn.GroupNorm):
 @register_attn(
     'scsa',
     placement='block',
+    equation='x1 = x s(GN(conv1d rows)) s(GN(conv1d columns)); y = x1 s(mean(softmax(q kᵀ / sqrt d) v)) over channels',
     title='SCSA: Exploring the Synergistic Effects Between Spatial and Channel Attention',
     authors='Si, Yunzhong and Xu, Huiying and Zhu, Xinzhong and Zhang, Wenhao and Dong, Yao and others',
     year=2025,

@@ -22,6 +22,7 @@ from ._registry import register_attn
 @register_attn(
     'scse',
     placement='block',
+    equation='y = max(x s(W2 relu(W1 mean x)), x s(w x))',
     title="Recalibrating Fully Convolutional Networks with Spatial and Channel 'Squeeze & Excitation' Blocks",
     authors='Roy, Abhijit Guha and Navab, Nassir and Wachinger, Christian',
     year=2019,

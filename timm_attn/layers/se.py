@@ -21,6 +21,7 @@ from ._registry import register_attn
 @register_attn(
     'se',
     placement='block',
+    equation='y = x s(W2 relu(W1 mean x))',
     title='Squeeze-and-Excitation Networks',
     authors='Hu, Jie and Shen, Li and Albanie, Samuel and Sun, Gang and Wu, Enhua',
     year=2018,

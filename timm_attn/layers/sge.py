@@ -22,6 +22,7 @@ from ._registry import register_attn
 @register_attn(
     'sge',
     placement='block',
+    equation='y = x s(w t + b), t = standardised over the map: x in each group times its mean',
     title='Spatial Group-wise Enhance: Improving Semantic Feature Learning in Convolutional Networks',
     authors='Li, Xiang and Hu, Xiaolin and Yang, Jian',
     year=2019,

@@ -23,6 +23,7 @@ from ._registry import register_attn
 @register_attn(
     'simam',
     placement='conv2',
+    equation='y = x s((x - mean)² / (4 (var + lambda)) + 1/2)',
     title='SimAM: A Simple, Parameter-Free Attention Module for Convolutional Neural Networks',
     authors='Yang, Lingxiao and Zhang, Ru-Yuan and Li, Lida and Xie, Xiaohua',
     year=2021,

@@ -27,6 +27,7 @@ _FORMS = {
 @register_attn(
     'sk',
     placement='conv',
+    equation='y = softmax over two convolutions u0, u1 of F2 relu(BN(F1 mean(u0 + u1)))',
     title='Selective Kernel Networks',
     authors='Li, Xiang and Wang, Wenhai and Hu, Xiaolin and Yang, Jian',
     year=2019,

@@ -23,6 +23,7 @@ from ._registry import register_attn
 @register_attn(
     'srm',
     placement='block',
+    equation='y = x s(BN(w1 mean x + w2 std x))',
     title='SRM: A Style-based Recalibration Module for Convolutional Neural Networks',
     authors='Lee, HyunJae and Kim, Hyo-Eun and Nam, Hyeonseob',
     year=2019,

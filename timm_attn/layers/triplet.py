@@ -52,6 +52,7 @@ class PlaneGate(nn.Module):
 @register_attn(
     'triplet',
     placement='block',
+    equation='y = mean of x s(BN(conv7[max, mean])) over C x W, H x C and H x W planes',
     title='Rotate to Attend: Convolutional Triplet Attention Module',
     authors='Misra, Diganta and Nalamada, Trikay and Arasanipalai, Ajay Uppili and Hou, Qibin',
     year=2021,
