@@ -217,7 +217,7 @@ def _block_sites(model: nn.Module, fmt: str) -> list[Site]:
         filled = f' (they are filled: {first}, ...)' if first else ''
         infos = list(getattr(model, 'feature_info', ()))
         names = [i['module'] for i in infos if isinstance(i, dict) and i.get('module')]
-        hint = f', such as at={names}' if names else ''
+        hint = f', such as at={names[-4:]}' if names else ''
         raise ValueError(
             f'{type(model).__name__} has no empty attention slot {SLOTS}{filled}: say with `at` which modules '
             f'attention shall follow{hint}. Families that have slots: {FAMILIES}.'

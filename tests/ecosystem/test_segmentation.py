@@ -58,3 +58,32 @@ def test_injection_reaches_the_encoder_of_a_unet_without_changing_its_output() -
         before = unet(x)
         timm_attn.inject(unet.encoder.model, 'cbam')
         torch.testing.assert_close(unet(x), before, rtol=0, atol=0)
+
+
+def test_attention_goes_into_encoder_and_decoder_of_smps_own_networks() -> None:
+    torch.manual_seed(0)
+    unet = smp.Unet('resnet18', encoder_weights=None, classes=2, decoder_channels=(32, 32, 32, 16, 16)).eval()
+    for m in unet.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.uniform_(m.weight, 0.75, 1.25)
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        before = unet(x)
+        timm_attn.inject(unet, 'se', at=[r'encoder\.layer\d\.\d', r'decoder\.blocks\.[0-3]'])
+        assert torch.equal(unet(x), before)
+        sites = timm_attn.attn_sites(unet)
+        assert len(sites) == 8 + 4
+        for attn in sites.values():
+            gain, attn.gain = attn.gain, attn.gain * 1.5
+            assert not torch.equal(unet(x), before)
+            attn.gain = gain
+
+
+@pytest.mark.parametrize('decoder', ['Unet', 'FPN'])
+def test_injected_is_an_encoder_by_name(decoder: str) -> None:
+    torch.manual_seed(0)
+    model = getattr(smp, decoder)('tu-injected', encoder_weights=None, classes=2)
+    attention = [p for name, p in model.encoder.named_parameters() if '.se.' in name]
+    assert len(attention) == 8 * 7
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert all(p.grad is not None for p in attention)

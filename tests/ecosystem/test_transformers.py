@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
+import timm_attn
 from timm_attn.explain.gates import attention_maps
 from timm_attn.hub.folder import save
 
@@ -44,3 +45,35 @@ def test_the_pipeline_names_the_labels(saved: tuple[Path, torch.nn.Module]) -> N
     with torch.no_grad():
         best = model(transform(image)[None]).softmax(1).max().item()
     assert found[0]['score'] == pytest.approx(best, abs=1e-4)
+
+
+def test_the_wrapper_reads_injected_models(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model('regnetx_002', num_classes=3).eval()
+    timm_attn.inject(model, 'eca', at=r's\d', start='paper')
+    folder = save(model, tmp_path / 'model', label_names=['cat', 'dog', 'emu'])
+    wrapped = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(wrapped(pixel_values=x).logits, model(x))
+    assert list(attention_maps(wrapped, x))
+
+
+def test_attention_goes_into_its_own_resnet() -> None:
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 32], depths=[2, 2], layer_type='basic', num_labels=3
+    )
+    model = transformers.ResNetForImageClassification(config).eval()
+    for m in model.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(m.weight, 0.75, 1.25)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        want = model(x).logits
+        timm_attn.inject(model, 'se', at=r'resnet\.encoder\.stages\.\d\.layers\.\d')
+        sites = timm_attn.attn_sites(model)
+        assert len(sites) == 4 and torch.equal(model(x).logits, want)
+        for attn in sites.values():
+            attn.gain *= 1.5
+        assert not torch.allclose(model(x).logits, want)
