@@ -74,8 +74,8 @@ def pretrained(path: Path) -> nn.Module:
 def tensors(images: Images, indices: np.ndarray) -> tuple[Tensor, Tensor]:
     """Grey images as ImageNet's networks take them, (N, 3, S, S), and their classes (N,)."""
     raw = torch.from_numpy(np.stack([np.asarray(images.items[i]) for i in indices]))[:, None].float() / 255
-    size = (SETTINGS['img_size'],) * 2
-    x = nn.functional.interpolate(raw, size=size, mode='bilinear', antialias=True)
+    side = int(SETTINGS['img_size'])
+    x = nn.functional.interpolate(raw, size=(side, side), mode='bilinear', antialias=True)
     x = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     return x, torch.tensor([images.targets[i] for i in indices])
 

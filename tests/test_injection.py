@@ -1,6 +1,7 @@
 """Attention put into timm's models: the identity start changes nothing, the paper start is the registered model."""
 
 import copy
+import functools
 import logging
 import pickle
 import re
@@ -10,6 +11,7 @@ from typing import Any, cast
 import pytest
 import timm
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import timm_attn
@@ -495,6 +497,11 @@ class Unet(nn.Module):
         return self.out(torch.cat([skip, y], 1))
 
 
+def note(seen: dict[str, list[Tensor]], site: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """A hook that keeps a copy of what a site is given."""
+    seen.setdefault(site, []).append(inputs[0].clone())
+
+
 def loud(model: nn.Module) -> nn.Module:
     """Gates that are not neutral: the identity start hides an attention that is applied twice, or not at all."""
     torch.manual_seed(3)
@@ -545,7 +552,7 @@ def test_outputs_of_modules_pass_their_attention_once(name: str, at: str, fmt: s
         seen: dict[str, list[Tensor]] = {}
         got: dict[str, Tensor] = {}
         for site, attn in attn_sites(loud(model)).items():
-            attn.register_forward_pre_hook(lambda m, i, n=site: seen.setdefault(n, []).append(i[0].clone()))
+            attn.register_forward_pre_hook(functools.partial(note, seen, site))
         for n, m in owners.items():
             m.register_forward_hook(lambda m, i, o, n=n: got.__setitem__(n, o.clone()))
         out = model(x)
@@ -564,7 +571,7 @@ def test_outputs_of_modules_pass_their_attention_once(name: str, at: str, fmt: s
 
 def test_gates_of_a_users_own_network_are_as_written_by_hand() -> None:
     torch.manual_seed(0)
-    model = Unet().eval()
+    model: Any = Unet().eval()
     x = image(2, 3, 32, 48)
     with torch.no_grad():
         want = model(x)
@@ -580,7 +587,7 @@ def test_gates_of_a_users_own_network_are_as_written_by_hand() -> None:
 
 def test_second_attention_at_a_module_follows_the_first() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)).eval()
+    model: Any = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)).eval()
     x = image(2, 3, 12, 12)
     with torch.no_grad():
         want = model(x)
@@ -605,7 +612,7 @@ WAYS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     'trace': lambda m, x: torch.jit.trace(m, (x,)),
     'script': lambda m, x: torch.jit.script(m),
     'fx': lambda m, x: torch.fx.symbolic_trace(m),
-    'ema': lambda m, x: timm.utils.ModelEmaV3(m).module,
+    'ema': lambda m, x: ModelEmaV3(m).module,
     'sync': lambda m, x: nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(m)).eval(),
     'channels_last': lambda m, x: copy.deepcopy(m).to(memory_format=torch.channels_last),
 }
@@ -853,7 +860,7 @@ def test_network_without_convolutions_asks_for_an_example() -> None:
             super().__init__()
             self.block = Unet()
             self.block.attn = None  # pyright: ignore[reportAttributeAccessIssue]
-            self.block = nn.Module()
+            self.block: Any = nn.Module()
             self.block.attn = None
             self.scale = nn.Parameter(torch.ones(16))
             self.block.forward = lambda x: x  # pyright: ignore[reportAttributeAccessIssue]
@@ -922,10 +929,11 @@ def test_eject_leaves_a_registered_model_its_own_attention() -> None:
 
 
 def test_frozen_backbone_does_not_move() -> None:
-    model = inject(trained('resnet18', **THIN), 'cbam')
+    model: Any = inject(trained('resnet18', **THIN), 'cbam')
     base = {k: v.clone() for k, v in model.state_dict().items() if '.se.' not in k and not k.startswith('fc.')}
     assert timm_attn.freeze_backbone(model) is model
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    net: Any
     for net in (model, pickle.loads(pickle.dumps(copy.deepcopy(model)))):
         net.train()
         assert net.layer1[0].se.bn.training and not net.layer1[0].bn1.training and not net.bn1.training

@@ -592,6 +592,7 @@ def _check_neutral_here(attn: AttnSpec, module: Attention, channels: int, args: 
     with torch.no_grad():
         for gain in (1.0, 2.0):
             module.gain = gain
+            assert module.neutral_gate is not None  # refused before
             wrong = (module(x) - x * (module.neutral_gate * gain)).abs().max().item()
             if not wrong <= 1e-5 * gain * abs(module.neutral_gate) * x.abs().max().item():
                 fault = (

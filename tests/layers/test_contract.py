@@ -420,7 +420,7 @@ def test_neutral_state_multiplies_by_the_neutral_gate(name: str, args: dict[str,
     attn = build(name, args).train(train)
     attn.init_neutral()
     x = 50 * example(3, C, 6, 9)
-    assert attn.gain == 1
+    assert attn.gain == 1 and attn.neutral_gate is not None
     torch.testing.assert_close(attn(x), x * attn.neutral_gate, rtol=1e-6, atol=0)
     if attn.neutral_gate in EXACT:
         assert torch.equal(attn(x), x * attn.neutral_gate)
@@ -434,6 +434,7 @@ def test_inverse_gain_makes_it_the_identity(
 ) -> None:
     attn = build(name, args).to(dtype).eval()
     attn.init_neutral()
+    assert attn.neutral_gate is not None
     attn.gain = 1 / attn.neutral_gate
     x = (50 * example(3, C, 6, 9)).to(dtype).contiguous(memory_format=layout)
     y = attn(x)
@@ -450,6 +451,7 @@ def test_identity_survives_autocast_with_large_inputs(name: str, args: dict[str,
     """A statistic that overflows is infinite, and 0 * inf is NaN."""
     attn = build(name, args).eval()
     attn.init_neutral()
+    assert attn.neutral_gate is not None
     attn.gain = 1 / attn.neutral_gate
     for x in (300 * example(3, C, 6, 9), (300 * example(3, C, 6, 9)).to(dtype)):
         with torch.autocast('cpu', dtype=dtype):
@@ -623,7 +625,7 @@ def test_simam_says_that_it_has_no_neutral_state() -> None:
 
 def test_half_precision_module_keeps_fcas_waves() -> None:
     """They are computed in float32, where a buffer would have been rounded: runs of 16-bit waves are 1e-3 away."""
-    attn = randomised('fca', {'dct_size': 56}).eval()
+    attn: Any = randomised('fca', {'dct_size': 56}).eval()
     x = example(1, C, 56, 56, dtype=torch.bfloat16)
     got = copy.deepcopy(attn).bfloat16().spectrum(x)
     assert got.dtype == torch.float32
@@ -653,7 +655,9 @@ def test_gct_of_weak_maps_takes_the_sum_of_squares() -> None:
 
 
 def test_unknown_attention_names_the_choices() -> None:
-    with pytest.raises(ValueError, match=r"Unknown attention 'cbamm'\. Expected one of: bam, cbam, "):
+    with pytest.raises(
+        ValueError, match=r"Unknown attention 'cbamm'\. Did you mean 'cbam'.*\? Expected one of: bam, cbam, "
+    ):
         create_attn('cbamm', 64)
 
 

@@ -42,7 +42,7 @@ def _base_state(name: str, args: Mapping[str, Any], base: Base) -> dict[str, Ten
     """The base's weights: a model's, a file's, or those that timm has under the name."""
     if isinstance(base, nn.Module):
         return dict(base.state_dict())
-    source = {} if base is None else {'pretrained_cfg_overlay': {'file': os.fspath(base)}}
+    source: dict[str, Any] = {} if base is None else {'pretrained_cfg_overlay': {'file': os.fspath(base)}}
     try:
         return dict(timm.create_model(name, pretrained=True, **args, **source).state_dict())
     except (OSError, RuntimeError, ValueError) as e:

@@ -168,7 +168,9 @@ def optimization(model: nn.Module, settings: Settings, updates_per_epoch: int) -
             momentum=settings.momentum,
         )
     except (ValueError, TypeError, AssertionError) as e:
-        raise ValueError(f"'opt' (={settings.opt}){near(settings.opt, list_optimizers())}: {e}") from e
+        raise ValueError(
+            f"'opt' (={settings.opt}){near(settings.opt, [str(name) for name in list_optimizers()])}: {e}"
+        ) from e
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=settings.sched,

@@ -71,7 +71,7 @@ class Attention(nn.Module):
     keywords: ClassVar[tuple[str, ...]] = ()
     no_warm_start: ClassVar[str] = ''
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
-    statistics: ClassVar[tuple[str, ...]] = ()
+    statistics: tuple[str, ...] = ()
     gain: float
 
     def __init__(self, neutral_gate: float | None) -> None:

@@ -23,10 +23,11 @@ def register_model(fn: F) -> F:
         fn: The function that builds the model; its name is the model's. Its module may have facts for all its configs,
             `CFG`, and configs of its own.
     """
-    module = sys.modules[fn.__module__]
+    module: Any = sys.modules[fn.__module__]
     cfgs = generate_default_cfgs(cfgs_of([fn.__name__], **getattr(module, 'CFG', {})))
     module.default_cfgs = cfgs | module.default_cfgs
-    return timm.models.register_model(fn)
+    timm.models.register_model(fn)
+    return fn
 
 
 def build(cls: type[M], variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[str, Any]) -> M:
