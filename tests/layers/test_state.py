@@ -222,7 +222,7 @@ def test_convert_and_save_refuse_what_is_no_gain(tmp_path: Path) -> None:
         ({**good, 'layer1.0.se.gain': torch.ones(1)}, r'1 of another shape: layer1\.0\.se\.gain \[1\] instead of \[\]'),
         (
             {**good, 'layer1.0.se.gain': torch.tensor(4)},
-            r'1 of another kind of number (\(dtype\))?: layer1\.0\.se\.gain',
+            r'1 of another kind of number.*: layer1\.0\.se\.gain',
         ),
         ({**good, 'layer1.0.se.gain': torch.tensor(-4.0)}, r"'layer1\.0\.se\.gain' \(=-4\) must be"),
     ):
