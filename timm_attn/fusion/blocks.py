@@ -1,58 +1,64 @@
 """The fused blocks, and `fuse`, which makes them of a model's own."""
 
+import functools
 import itertools
 import warnings
-from collections.abc import Callable
-from typing import Any, cast
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from timm.layers import DropPath
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..layers import BAM, CBAM, Attention, SelectiveKernel, TripletAttention
+from ..layers import BAM, GateForm, SelectiveKernel
+from ..layers._norm import GroupNorm
 from ..models.sk_resnet import SKBottleneck
 from . import kernels
 from .compile import compiler_works
-from .functions import gate_conv, gated_pooled_sum, gated_sum, norm, norm_act_conv, raise_by
+from .functions import bam_gate, gate_conv, gated_pooled_sum, gated_sum, is_gate_conv, norm, norm_act_conv
+from .kernels import Affine
 from .replay import attended_sum, select_conv
 
-
-def _hooked(module: nn.Module) -> bool:
-    """Someone looks at a part of the module (not at the whole), so every part must be called."""
-    return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        for m in module.modules()
-        if m is not module
-    )
+# ---- What is known to be the same -----------------------------------------------------------------------------------
 
 
 def _ordinary(x: Any) -> bool:
-    """A tensor with data, in plain execution: no tracing, compiling or exporting, no transform of torch.func."""
+    """A map with data, in plain execution: no tracing, compiling or exporting, no derivatives but backward's."""
     return (
-        type(x) in (Tensor, nn.Parameter)
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, nn.Parameter)
         and not x.is_meta
-        and not torch.compiler.is_compiling()
+        and x.layout == torch.strided
+        and x.dim() == 4
+        and x.numel() > 0
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and not torch_module._has_any_global_hook()
     )
 
 
-def _gated_itself(m: nn.Module) -> bool:
-    """Injected attention follows this very module, so it is more than its type says."""
-    return bool(m._forward_hooks) and isinstance(next(reversed(list(m.children())), None), Attention)
+def _called_as_is(m: nn.Module) -> bool:
+    """Calling the module is its forward pass and nothing else, with parameters that are parameters."""
+    hooked = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    return not hooked and 'forward' not in vars(m) and not getattr(m, '_is_replica', False)
+
+
+def _parts_as_they_are(block: nn.Module) -> bool:
+    """No one looks at a part of the block, or runs it in another way. Of the block as a whole, they may."""
+    return not getattr(block, '_is_replica', False) and all(_called_as_is(m) for m in block.modules() if m is not block)
 
 
 def _plain_conv(m: nn.Module) -> bool:
-    return (
-        type(m) is nn.Conv2d and not _gated_itself(m) and m.padding_mode == 'zeros' and not isinstance(m.padding, str)
-    )
+    return type(m) is nn.Conv2d and m.padding_mode == 'zeros' and not isinstance(m.padding, str)
 
 
 def _plain_norm(m: nn.Module, norm: type[nn.Module] = nn.BatchNorm2d) -> bool:
-    if _gated_itself(m):
-        return False
     if type(m) is nn.BatchNorm2d:
         return norm is nn.BatchNorm2d and m.affine and m.track_running_stats and m.momentum is not None
     return type(m) is norm
@@ -62,93 +68,52 @@ def _absent(m: nn.Module | None) -> bool:
     return m is None or type(m) is nn.Identity
 
 
+def _gate_form(attn: Any) -> GateForm | None:
+    """What the attention's gates follow from, where its own class says so."""
+    declared = vars(type(attn))
+    form = None
+    if 'gate_form' in declared:
+        form = attn.gate_form()
+    elif declared.get('statistics') and 'statistics' not in vars(attn):
+        form = GateForm(tuple(declared['statistics']))
+    known = form is not None and (form.statistics or form.dims) and {*form.statistics} <= {'mean', 'var', 'peak'}
+    return form if known else None
+
+
+# Of these a forward pass draws no random numbers, and changes nothing but running statistics.
+_RECOMPUTABLE = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    GroupNorm,
+    nn.Identity,
+    nn.ReLU,
+    nn.Sigmoid,
+)
+
+
+def _recomputable(attn: nn.Module) -> bool:
+    """The attention's own class says so, and its parts are those of its file or of known types."""
+    home = type(attn).__module__
+    return vars(type(attn)).get('recomputable', False) and all(
+        type(m) in _RECOMPUTABLE or type(m) is FusedGateConv or type(m).__module__ == home for m in attn.modules()
+    )
+
+
 # ---- The end of a block: the last BatchNorm, the attention, the shortcut and the ReLU --------------------------------
 
 
-def _gated(
-    compiled: bool,
-    attn: nn.Module | None,
-    y: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    found: list[Tensor],
-    keep: Tensor | None,
-    shortcut: Tensor,
-    a1: Tensor | None,
-    b1: Tensor | None,
-) -> Tensor | None:
-    """ReLU(attention(x) * keep + shortcut * a1 + b1) for x = y * a + b, or None for an attention that needs x itself.
-
-    Args:
-        compiled: Call kernels compiled.
-        attn: The attention, or None.
-        y: (N, C, H, W)
-        a: (1, C, 1, 1), or None for x = y.
-        b: Like a.
-        found: The statistics of x's planes that the attention takes, (N, C) each.
-        keep: Drop-path's mask (N, 1, 1, 1), or None.
-        shortcut: (N, C, H, W)
-        a1: Like a.
-        b1: Like a.
-    """
-    if type(attn) is TripletAttention:
-
-        def of_planes(pooled: list[Tensor]) -> list[Tensor]:
-            cw, hc, *hw = pooled
-            # (N, C, 2, W) and (N, C, H, 2), as the planes (N, 2, C, W) and (N, 2, H, C)
-            gates = attn.gates_of([cw.transpose(1, 2), hc.transpose(1, 3), *hw])
-            return [_scaled(gate, attn.gain / len(gates)) for gate in gates]
-
-        dims = (2, 3, 1) if attn.spatial else (2, 3)
-        return gated_pooled_sum(compiled, y, a, b, None, dims, _masked(of_planes, keep), True, shortcut, a1, b1)
-    channels = None
-    if attn is not None:
-        if not isinstance(attn, Attention) or not _declared(attn):
-            return None
-        if found:
-            # In the precision of the statistics: what is so small gains nothing by autocast, and pays for casts.
-            dtype = next(attn.parameters()).dtype
-            with torch.autocast(y.device.type, enabled=False):
-                channels = cast(Tensor, cast(Any, attn).gate_of(*(f.to(dtype) for f in found)))
-        if type(attn) is CBAM and attn.spatial:
-
-            def of_pixels(pooled: list[Tensor]) -> list[Tensor]:
-                return [_scaled(attn.gate_of_pixels(pooled[0]), attn.gain)]
-
-            return gated_pooled_sum(
-                compiled, y, a, b, channels, (1,), _masked(of_pixels, keep), False, shortcut, a1, b1
-            )
-        assert channels is not None
-        channels = _scaled(channels, attn.gain)
-    if keep is not None:
-        channels = keep if channels is None else channels * keep
-    return gated_sum(compiled, y, a, b, channels, shortcut, a1, b1)
-
-
-def _scaled(gate: Tensor, gain: float) -> Tensor:
-    return gate if gain == 1 else gate * gain
-
-
-def _masked(
-    gates_of: Callable[[list[Tensor]], list[Tensor]],
-    keep: Tensor | None,
-) -> Callable[[list[Tensor]], list[Tensor]]:
-    return gates_of if keep is None else lambda pooled: [gate * keep for gate in gates_of(pooled)]
-
-
-def _declared(attn: nn.Module | None) -> tuple[str, ...]:
-    """The attention's `statistics`; not those of a base class, whose forward pass may have been replaced."""
-    return cast(Any, attn).statistics if 'statistics' in vars(type(attn)) else ()
-
-
-def _names(attn: nn.Module | None) -> tuple[str, ...]:
-    """The statistics of planes that the attention takes."""
-    return () if isinstance(attn, CBAM) and not attn.channel else _declared(attn)
-
-
 def _tail(block: Any, bn: Any, y: Tensor, x: Tensor) -> Tensor:
-    attn = None if _absent(block.se) else cast(nn.Module, block.se)
-    a1, b1, shortcut = _shortcut(block, x)
+    """ReLU(attention(BN(y)) * keep + shortcut(x)), by what is known of the attention."""
+    attn: Any = None if _absent(block.se) else block.se
+    form = GateForm() if attn is None else _gate_form(attn)
+    if form is None and not _recomputable(attn):
+        return _ordinary_tail(block, bn, y, x)
+    shortcut = _shortcut(block, x)
     keep = None
     drop = block.drop_path
     if isinstance(drop, DropPath) and drop.drop_prob and drop.training:
@@ -156,35 +121,89 @@ def _tail(block: Any, bn: Any, y: Tensor, x: Tensor) -> Tensor:
         keep = y.new_empty((y.shape[0], 1, 1, 1)).bernoulli_(1 - drop.drop_prob)
         if drop.scale_by_keep and drop.drop_prob < 1:
             keep.div_(1 - drop.drop_prob)
-    y, a, b, *found = norm(block.compiled, bn, y, _names(attn))
-    out = _gated(block.compiled, attn, y, a, b, found, keep, shortcut, a1, b1)
-    if out is None:
-        assert attn is not None
-        return attended_sum(block.compiled, attn, y, a, b, shortcut, a1, b1, keep)
-    return out
+    normed, statistics = norm(block.compiled, bn, y, () if form is None else form.statistics)
+    if form is None:
+        return attended_sum(block.compiled, attn, keep, normed, shortcut)
+    return _gated_sum(block.compiled, attn, form, normed, statistics, keep, shortcut)
 
 
-def _shortcut(block: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """a1, b1 and s, such that s * a1 + b1 is the shortcut; both are None where it is s."""
+def _ordinary_tail(block: Any, bn: Any, y: Tensor, x: Tensor) -> Tensor:
+    """What timm's blocks do after their last convolution."""
+    out = block.se(bn(y))
+    if block.drop_path is not None:
+        out = block.drop_path(out)
+    out += x if block.downsample is None else block.downsample(x)
+    return block.get_submodule(block.acts[-1])(out)
+
+
+def _shortcut(block: Any, x: Tensor) -> Affine:
     if block.downsample is None:
-        return None, None, x
+        return Affine(x)
     *before, last = cast(nn.Sequential, block.downsample)
     for m in before:
         x = m(x)
     if not _plain_norm(last):
-        return None, None, last(x)
-    x, a1, b1 = norm(block.compiled, cast(nn.BatchNorm2d, last), x)
-    return a1, b1, x
+        return Affine(last(x))
+    return norm(block.compiled, cast(nn.BatchNorm2d, last), x)[0]
+
+
+def _gated_sum(
+    compiled: bool,
+    attn: Any,
+    form: GateForm,
+    x: Affine,
+    statistics: list[Tensor],
+    keep: Tensor | None,
+    shortcut: Affine,
+) -> Tensor:
+    """ReLU(attn(x) * keep + shortcut).
+
+    Args:
+        compiled: Call kernels compiled.
+        attn: The attention, or None.
+        form: What its gates follow from.
+        x: A map (N, C, H, W).
+        statistics: Those of x's planes that the form names, (N, C) each.
+        keep: Drop-path's mask (N, 1, 1, 1), or None.
+        shortcut: A map (N, C, H, W).
+    """
+    channels = None
+    if form.statistics:
+        # In the precision of the statistics: what is so small gains nothing by autocast, and pays for casts.
+        dtype = next((p.dtype for p in attn.parameters() if p.is_floating_point()), statistics[0].dtype)
+        with torch.autocast(x.y.device.type, enabled=False):
+            channels = attn.gate_of(*(s.to(dtype) for s in statistics))
+        if channels.shape != (*x.y.shape[:2], 1, 1):
+            raise ValueError(
+                f'gate_of of {type(attn).__name__} gave {tuple(channels.shape)}, not a gate for each channel, '
+                f'{(*x.y.shape[:2], 1, 1)}.'
+            )
+    if form.dims:
+
+        def gates_of(pools: list[Tensor]) -> list[Tensor]:
+            gates = attn.gates_of_pools(pools)
+            gates = [_scaled(gate, attn.gain / len(gates)) for gate in gates]
+            return gates if keep is None else [gate * keep for gate in gates]
+
+        return gated_pooled_sum(compiled, x, channels, form.dims, gates_of, shortcut)
+    if channels is not None:
+        channels = _scaled(channels, attn.gain)
+    if keep is not None:
+        channels = keep if channels is None else channels * keep
+    return gated_sum(compiled, x, channels, shortcut)
+
+
+def _scaled(gate: Tensor, gain: float) -> Tensor:
+    return gate if gain == 1 else gate * gain
 
 
 def _frozen_tail(attn: nn.Module | None, y: Tensor, shortcut: Tensor) -> Tensor:
     """ReLU(attention(y) + shortcut) without gradients; y may be overwritten."""
     if attn is not None and not _absent(attn):
-        names = _names(attn)
-        found = list(kernels.plane_statistics(True, y, names)) if names else []
-        out = _gated(True, attn, y, None, None, found, None, shortcut, None, None)
-        if out is not None:
-            return out
+        form = _gate_form(attn)
+        if form is not None:
+            statistics = list(kernels.plane_statistics(True, y, form.statistics)) if form.statistics else []
+            return _gated_sum(True, attn, form, Affine(y), statistics, None, Affine(shortcut))
         y = attn(y)
     return y.add_(shortcut).relu_()
 
@@ -192,44 +211,73 @@ def _frozen_tail(attn: nn.Module | None, y: Tensor, shortcut: Tensor) -> Tensor:
 # ---- Blocks ---------------------------------------------------------------------------------------------------------
 
 
+def _forward_of(ordinary: type[nn.Module]) -> Any:
+    """A forward pass that is fused where that is known to be the same, and otherwise the ordinary class's.
+
+    torch.jit.script compiles the source of what is wrapped: the ordinary one.
+    """
+
+    @functools.wraps(ordinary.forward)
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if _ordinary(x):
+            out = self.fused(x)
+            if out is not None:
+                return out
+        return ordinary.forward(self, x)
+
+    return forward
+
+
 class Fused(nn.Module):
-    """What fused blocks share: they take the base class's way whenever theirs would not be the same."""
+    """What fused blocks share."""
 
     norms: tuple[str, ...]
     convs: tuple[str, ...]
+    acts: tuple[str, ...]
     compiled = False
     frozen = False
-    # timm's, in both kinds of block
-    se: Any
-    aa: Any
-    drop_block: Any
-    drop_path: Any
-    downsample: Any
+    if TYPE_CHECKING:  # timm's, in both kinds of block; torch.jit.script would take them for the block's attributes
+        se: Any
+        aa: Any
+        drop_block: Any
+        drop_path: Any
+        downsample: Any
 
     def fusible(self, norm: type[nn.Module]) -> bool:
         """The block is made of what its own ways know, with norms of this type."""
-        acts = (m for name, m in self.named_children() if name.startswith('act'))
         return (
             all(_plain_norm(self.get_submodule(name), norm) for name in self.norms)
             and all(_plain_conv(self.get_submodule(name)) for name in self.convs)
-            and all(type(m) in (nn.ReLU, nn.Identity) for m in acts)
+            and all(type(self.get_submodule(name)) is nn.ReLU for name in self.acts)
             and _absent(self.aa)
             and _absent(self.drop_block)
             and (_absent(self.drop_path) or type(self.drop_path) is DropPath)
-            and (_absent(self.se) or isinstance(self.se, Attention))
             and (self.downsample is None or type(self.downsample) is nn.Sequential)
+            and _parts_as_they_are(self)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def fused(self, x: Tensor) -> Tensor | None:
+        """The output, or None where the fused way is not known to give it."""
         grad = torch.is_grad_enabled()
-        if (grad or self.compiled) and _ordinary(x) and not _hooked(self):
-            if self.frozen and not grad and self.fusible(nn.Identity):
-                return self.frozen_forward(x)
-            if not self.frozen and self.fusible(nn.BatchNorm2d):
-                return self.fused_forward(x)
-        return super().forward(x)
+        if not (grad or self.compiled):
+            return None
+        if self.frozen:
+            plain = not grad and not self.training and self.fusible(nn.Identity)
+            return self.frozen_forward(x) if plain else None
+        return self.fused_forward(x) if self.fusible(nn.BatchNorm2d) else None
+
+    def train(self, mode: bool = True) -> Any:
+        """Module.train; says so where there is nothing left that differs in training."""
+        if mode and self.frozen:
+            warnings.warn(
+                'A model that timm_attn.fuse(freeze=True) has frozen has no BatchNorms between its convolutions: in '
+                'train mode, too, they are the folded ones. To train the model, build it anew and load its weights.',
+                stacklevel=2,
+            )
+        return super().train(mode)
 
     def fused_forward(self, x: Tensor) -> Tensor:
+        """The forward pass for training, and for inference with BatchNorms."""
         raise NotImplementedError
 
     def frozen_forward(self, x: Tensor) -> Tensor:
@@ -246,6 +294,8 @@ class FusedBasicBlock(Fused, BasicBlock):
 
     norms = ('bn1', 'bn2')
     convs = ('conv1', 'conv2')
+    acts = ('act1', 'act2')
+    forward = _forward_of(BasicBlock)
 
     def fused_forward(self, x: Tensor) -> Tensor:
         (y,) = norm_act_conv(self.compiled, cast(nn.BatchNorm2d, self.bn1), self.conv1(x), self.conv2)
@@ -257,6 +307,8 @@ class FusedBottleneck(Fused, Bottleneck):
 
     norms = ('bn1', 'bn2', 'bn3')
     convs = ('conv1', 'conv2', 'conv3')
+    acts = ('act1', 'act2', 'act3')
+    forward = _forward_of(Bottleneck)
 
     def fused_forward(self, x: Tensor) -> Tensor:
         (y,) = norm_act_conv(self.compiled, cast(nn.BatchNorm2d, self.bn1), self.conv1(x), self.conv2)
@@ -269,6 +321,12 @@ class FusedSKBottleneck(Fused, SKBottleneck):
 
     norms = ('bn1', 'conv2.bn1', 'conv2.bn2', 'bn3')
     convs = ('conv1', 'conv2.conv1', 'conv2.conv2', 'conv3')
+    acts = ('act1', 'act3')
+    forward = _forward_of(SKBottleneck)
+
+    def fusible(self, norm: type[nn.Module]) -> bool:
+        sk = type(self.conv2) is SelectiveKernel and _recomputable(self.conv2)
+        return sk and _absent(self.bn2) and _absent(self.act2) and super().fusible(norm)
 
     def fused_forward(self, x: Tensor) -> Tensor:
         sk = cast(SelectiveKernel, self.conv2)
@@ -285,20 +343,23 @@ class FusedBAM(BAM):
     """BAM that gates its input in one pass, and keeps no gate of the input's size."""
 
     compiled = False
+    forward = _forward_of(BAM)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not _ordinary(x) or not (self.compiled or torch.is_grad_enabled()):
-            return super().forward(x)
-        return raise_by(self.compiled, x, self.channel_branch(x), self.spatial_branch(x), self.add, self.gain)
+    def fused(self, x: Tensor) -> Tensor | None:
+        """The output, or None where the ordinary way is as good."""
+        if not (self.compiled or torch.is_grad_enabled()):
+            return None
+        return bam_gate(self.compiled, x, self.channel_branch(x), self.spatial_branch(x), self.add, self.gain)
 
 
 class FusedGateConv(nn.Conv2d):
     """The convolution of a gate, from 2 channels to 1, computed in a way made for that."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if _ordinary(input):
-            return gate_conv(self, input)
-        return super().forward(input)
+    forward = _forward_of(nn.Conv2d)
+
+    def fused(self, x: Tensor) -> Tensor | None:
+        """The output, or None for a convolution of another kind."""
+        return gate_conv(self, x) if is_gate_conv(self) else None
 
 
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
@@ -309,68 +370,112 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def _fold(holder: nn.Module, conv: str, parent: nn.Module, bn: str) -> None:
-    """Folds a BatchNorm into the convolution before it; an Identity takes its place."""
-    before, norm = holder.get_submodule(conv), parent.get_submodule(bn)
-    if _plain_conv(before) and _plain_norm(norm):
-        setattr(holder, conv, fuse_conv_bn_eval(cast(nn.Conv2d, before), cast(nn.BatchNorm2d, norm)))
-        setattr(parent, bn, nn.Identity())
+# ---- Freezing -------------------------------------------------------------------------------------------------------
+
+
+def _pairs(model: nn.Module) -> list[tuple[str, str]]:
+    """Names of each convolution and the BatchNorm behind it, as far as it is known that one follows the other."""
+    pairs: list[tuple[str, str]] = []
+    for name, m in model.named_modules():
+        dot = f'{name}.' if name else ''
+        if isinstance(m, ResNet) and type(m).forward_features is ResNet.forward_features:
+            stem = m.conv1
+            if type(stem) is nn.Sequential:
+                names = [f'{dot}conv1.{child}' for child, _ in stem.named_children()]
+                pairs += [*itertools.pairwise(names), (names[-1], f'{dot}bn1')]
+            else:
+                pairs.append((f'{dot}conv1', f'{dot}bn1'))
+        elif isinstance(m, Fused):
+            pairs += [(dot + norm.replace('bn', 'conv'), dot + norm) for norm in m.norms]
+            if type(m.downsample) is nn.Sequential:
+                pairs += itertools.pairwise(f'{dot}downsample.{child}' for child, _ in m.downsample.named_children())
+    return pairs
 
 
 def _freeze(model: nn.Module) -> None:
+    """Folds each BatchNorm into the convolution before it; an Identity takes its place."""
     model.eval()
-    for m in list(model.modules()):
-        if isinstance(m, ResNet):
-            stem = m.conv1
-            if isinstance(stem, nn.Sequential):
-                _fold(stem, str(len(stem) - 1), m, 'bn1')
-            else:
-                _fold(m, 'conv1', m, 'bn1')
-        elif isinstance(m, nn.Sequential):
-            names = [name for name, _ in m.named_children()]
-            for conv, bn in itertools.pairwise(names):
-                _fold(m, conv, m, bn)
-        elif isinstance(m, Fused):
-            for norm in m.norms:
-                path, _, bn = norm.rpartition('.')
-                holder = m.get_submodule(path)
-                _fold(holder, bn.replace('bn', 'conv'), holder, bn)
+    uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+    folded: list[str] = []
+    left: list[str] = []
+    for conv_name, norm_name in _pairs(model):
+        conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            continue
+        known = _plain_conv(conv) and _plain_norm(norm)
+        if not known or not all(_called_as_is(m) and uses[id(m)] == 1 for m in (conv, norm)):
+            left.append(norm_name)
+            continue
+        folded.append(norm_name)
+        _replace(model, conv_name, fuse_conv_bn_eval(cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, norm)))
+        _replace(model, norm_name, nn.Identity())
+    for m in model.modules():
+        if isinstance(m, Fused):
             m.frozen = True
+    if folded:
+        model.register_load_state_dict_pre_hook(functools.partial(_refuse_unfrozen, tuple(folded)))
+    if left:
+        warnings.warn(
+            f'timm_attn.fuse(freeze=True) leaves {len(left)} BatchNorms as they are, for the convolution before them '
+            f'is not a plain one, is used twice, or has hooks (pruning, weight_norm): {", ".join(left[:5])}.',
+            stacklevel=3,
+        )
+
+
+def _replace(model: nn.Module, name: str, by: nn.Module) -> None:
+    parent, _, child = name.rpartition('.')
+    setattr(model.get_submodule(parent), child, by)
+
+
+def _refuse_unfrozen(
+    folded: tuple[str, ...], module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any
+) -> None:
+    """A hook of load_state_dict: the checkpoint of a model that is not frozen does not fit, strict or not."""
+    found = [name for name in folded if f'{prefix}{name}.running_mean' in state]
+    if found:
+        raise ValueError(
+            f'The checkpoint has BatchNorms ({prefix}{found[0]} and others, {len(found)} in all) that '
+            'timm_attn.fuse(freeze=True) has folded into the convolutions of this model. Load it into the model before '
+            'fusing; nothing was loaded.'
+        )
 
 
 def fuse(model: nn.Module, *, freeze: bool = False, compile: bool = True) -> nn.Module:
     """Has the blocks of a ResNet keep less for backward and take fewer passes over memory, in place.
 
-    Outputs, gradients, keys and running statistics stay. Gradients of gradients are not available. A block takes its
-    ordinary way where the fused one would not be the same: under other compilers and exporters, and when its parts
-    have hooks or have been replaced by others.
+    Outputs, gradients, keys and running statistics stay. Gradients of gradients are refused. A block takes its ordinary
+    way where the fused one is not known to be the same: under other compilers and exporters, and when its parts have
+    hooks or have been replaced by others.
 
     Args:
         model: A registered or injected model, or timm's plain ResNet.
         freeze: For inference only: put the model into eval mode and fold each BatchNorm into the convolution before
-            it. The BatchNorms' keys vanish, and the convolutions get biases.
+            it. The BatchNorms' keys vanish, and the convolutions get biases. Checkpoints of the model before are
+            refused from then on (ValueError). In train mode the model is the folded one.
         compile: Compile the passes between convolutions with torch.compile, once for all blocks (up to a minute, at
             the first passes); without it, blocks keep less but are not faster.
 
     Returns:
         The same model.
     """
-    found = [m for m in model.modules() if type(m) in _FUSED]
+    new = [m for m in model.modules() if type(m) in _FUSED]
     done = [m for m in model.modules() if type(m) in _FUSED.values()]
-    if not found and not done:
+    if not new and not done:
         warnings.warn(
             f'{type(model).__name__} has no block that timm_attn.fuse knows (timm.models.resnet and those of '
             'timm_attn): it stays as it is.',
             stacklevel=2,
         )
         return model
-    compiled = compile and compiler_works(next(model.parameters()).device.type)
-    for m in found:
+    device = next(model.parameters()).device.type
+    # On the meta device nothing tells where the model will run; what cannot be compiled there says so then.
+    compiled = compile and (device == 'meta' or compiler_works(device))
+    for m in new:
         m.__class__ = _FUSED[type(m)]
-    for m in found + done:
+    for m in new + done:
         cast(Any, m).compiled = compiled
         for part in m.modules():
-            if type(part) is nn.Conv2d and (part.in_channels, part.out_channels, part.bias) == (2, 1, None):
+            if type(part) is nn.Conv2d and is_gate_conv(part):
                 part.__class__ = FusedGateConv
     if freeze:
         _freeze(model)

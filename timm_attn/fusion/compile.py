@@ -8,6 +8,8 @@ of a ResNet. So a kernel is compiled once for each kind of arguments, and then i
 import contextlib
 import functools
 import operator
+import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
@@ -18,14 +20,19 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 Arguments = list[Any]
 
+# Dynamo traces one function at a time. A child forked meanwhile has no thread that would release the lock.
+_compiling = threading.RLock()
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=_compiling._at_fork_reinit)  # pyright: ignore[reportAttributeAccessIssue]
+
 
 class Kernel:
     """A function of dense tensors and constants that is called compiled or as it is.
 
     Args:
-        function: Returns a tuple of new tensors. Numbers among its arguments are constants, of which there should be
-            few.
-        overwrites: The function writes its result into its first argument, which `__call__` returns before the others.
+        function: Returns a tuple of new tensors. Its arguments are tensors, None, named tuples of such, and constants,
+            of which there should be few.
+        overwrites: The function writes its result into its first tensor, which `__call__` returns before the others.
     """
 
     def __init__(self, function: Callable[..., tuple[Any, ...]], overwrites: bool) -> None:
@@ -51,14 +58,16 @@ class Kernel:
     def _results(self, compiled: bool, args: tuple[Any, ...]) -> tuple[Any, ...]:
         if not compiled:
             results = self.function(*args)
-            return (args[0], *results) if self.overwrites else results
+            return (_flat(args)[0], *results) if self.overwrites else results
         kind: list[Any] = []
         dense: Arguments = []
-        for x in args:
+        shape = None
+        for x in _flat(args):
             if isinstance(x, Tensor):
+                shape = shape or x.shape
                 last = not x.is_contiguous()
                 # Channels last is for maps. What is as small as a gate or a sum is cheap to copy, and slow to read so.
-                if last and not (x.shape == args[0].shape and x.is_contiguous(memory_format=torch.channels_last)):
+                if last and not (x.shape == shape and x.is_contiguous(memory_format=torch.channels_last)):
                     x, last = x.contiguous(), False
                 kind.append((x.dtype, x.device, last, *[s == 1 for s in x.shape], x.numel() < 1 << 31))
             else:
@@ -67,21 +76,49 @@ class Kernel:
         key = tuple(kind)
         graph = self.graphs.get(key)
         if graph is None:
-            try:
-                graph = _compile(self.function, dense)
-            except Exception as e:
-                warnings.warn(
-                    f'timm_attn.fuse cannot compile {self.function.__name__}() ({type(e).__name__}: '
-                    f'{str(e).splitlines()[:1]}): it stays slow.',
-                    stacklevel=2,
-                )
-                graph = self._uncompiled
-            self.graphs[key] = graph
+            with _compiling:
+                graph = self.graphs.get(key) or self._compiled(args, dense)
+                self.graphs[key] = graph
         results = graph(dense)
         return (dense[0], *results) if self.overwrites else tuple(results)
 
-    def _uncompiled(self, args: Arguments) -> Sequence[Any]:
-        return self.function(*args)
+    def _compiled(self, args: tuple[Any, ...], dense: Arguments) -> Callable[[Arguments], Sequence[Any]]:
+        """The function compiled for such arguments, or as it is where that fails."""
+        groups = [type(x) if _is_group(x) else None for x in args]
+
+        def function(*flat: Any) -> tuple[Any, ...]:
+            rest = list(flat)
+            grouped: list[Any] = []
+            for group in groups:
+                n = 1 if group is None else len(group._fields)
+                grouped.append(rest[0] if group is None else group(*rest[:n]))
+                rest = rest[n:]
+            return self.function(*grouped)
+
+        try:
+            return _compile(function, dense)
+        except Exception as e:
+            warnings.warn(
+                f'timm_attn.fuse cannot compile {self.function.__name__}() ({type(e).__name__}: '
+                f'{str(e).splitlines()[:1]}): it stays slow.',
+                stacklevel=4,
+            )
+            return lambda flat: function(*flat)
+
+
+def _is_group(x: Any) -> bool:
+    return isinstance(x, tuple) and hasattr(x, '_fields')
+
+
+def _flat(args: Sequence[Any]) -> Arguments:
+    """The arguments, and those in named tuples one by one."""
+    flat: Arguments = []
+    for x in args:
+        if _is_group(x):
+            flat.extend(x)
+        else:
+            flat.append(x)
+    return flat
 
 
 Observer = Callable[[Kernel, tuple[Any, ...], tuple[Any, ...]], None]
@@ -108,7 +145,7 @@ def kernel(function: Callable[..., tuple[Any, ...]]) -> Kernel:
 
 
 def overwriting(function: Callable[..., tuple[Any, ...]]) -> Kernel:
-    """Makes a kernel of a function that writes into its first argument."""
+    """Makes a kernel of a function that writes into its first tensor."""
     return Kernel(function, overwrites=True)
 
 
@@ -132,7 +169,7 @@ def _compile(function: Callable[..., tuple[Any, ...]], args: Arguments) -> Calla
     shapes = cast(Any, _config)
     # Parameters are detached, for torch.compile takes their sizes as constants.
     tensors = {i: x.detach() for i, x in enumerate(args) if isinstance(x, Tensor)}
-    found: list[tuple[Callable[..., Any], list[Callable[[Arguments], Any]], list[int]]] = []
+    graphs: list[tuple[Callable[..., Any], list[Callable[[Arguments], Any]], list[int]]] = []
 
     def capture(graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
         compiled = compile_fx_inner(graph, examples)  # pyright: ignore[reportArgumentType]
@@ -140,7 +177,7 @@ def _compile(function: Callable[..., tuple[Any, ...]], args: Arguments) -> Calla
         def run(inputs: Arguments) -> Any:
             sources = _sources(examples, inputs, tensors)
             results = compiled(inputs)
-            found.append((getattr(compiled, 'current_callable', compiled), sources, [r.data_ptr() for r in results]))
+            graphs.append((getattr(compiled, 'current_callable', compiled), sources, [r.data_ptr() for r in results]))
             return results
 
         run._boxed_call = True  # pyright: ignore[reportFunctionMemberAccess]
@@ -168,7 +205,7 @@ def _compile(function: Callable[..., tuple[Any, ...]], args: Arguments) -> Calla
     ):
         shown = torch.compile(of_tensors, dynamic=True, fullgraph=True, backend=backend)(*scratch)
     torch._dynamo.reset_code(of_tensors.__code__)
-    ((graph, sources, made),) = found
+    ((graph, sources, made),) = graphs
     # The graph returns no None, and nothing twice.
     places = [None if r is None else made.index(r.data_ptr()) for r in shown]
 
@@ -215,7 +252,8 @@ def _sources(
 def compiler_works(device: str) -> bool:
     """Whether inductor can compile for the device ('cpu', 'cuda'); says so once where it cannot."""
     try:
-        _compile(lambda x: (x + 1,), [torch.zeros(2, 3, 4, 5, device=device)])
+        with _compiling:
+            _compile(lambda x: (x + 1,), [torch.zeros(2, 3, 4, 5, device=device)])
     except Exception as e:
         warnings.warn(
             f'timm_attn.fuse cannot compile for {device} ({type(e).__name__}: {str(e).splitlines()[0]}); blocks keep '

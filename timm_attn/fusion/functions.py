@@ -4,36 +4,118 @@ A piece that reads a map y hands it on, and the next piece takes it from there. 
 where each backward adds its own in place, and no two of them are ever in memory.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv1d, pad
 
 from . import kernels
+from .kernels import Affine, Norm, Planes
 
 _aten = torch.ops.aten
+Backward = Callable[..., tuple[Any, ...]]
+
+
+# ---- Gradients that have no gradients --------------------------------------------------------------------------------
+
+
+def first_order(backward: Backward) -> Backward:
+    """A backward pass whose results have no gradients: asking for them is an error, always.
+
+    torch's `once_differentiable` takes the results for constants where the gradients that come in are constants, which
+    they are not: they follow from what was kept. Batched gradients (`is_grads_batched`) are taken one by one.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        with torch.no_grad():
+            results = _one_by_one(backward, ctx, grads)
+        if not torch.is_grad_enabled():
+            return results
+        refuse = cast(Any, torch._C)._functions.DelayedError(
+            b'timm_attn.fuse: fused blocks have no second derivatives. Differentiate the model before it is fused.',
+            len(results),
+        )
+        return refuse(*[None if r is None else r.detach().requires_grad_() for r in results])
+
+    return wrapper
+
+
+class _Batched(torch.autograd.Function):
+    """A backward pass under torch.vmap."""
+
+    @staticmethod
+    def forward(backward: Backward, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return tuple(r for r in backward(ctx, *grads) if r is not None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, backward: Backward, ctx: Any, *grads: Any) -> Any:
+        results = _rows(functools.partial(_Batched.apply, backward, ctx), grads, in_dims[2:])
+        return results, (0,) * len(results)
+
+
+def _rows(backward: Backward, grads: Sequence[Any], dims: Sequence[int | None]) -> tuple[Any, ...]:
+    """The results of a backward pass for each of a batch of gradients, which lies in `dims`, one upon another."""
+    ((n, *_),) = {tuple(g.shape[d : d + 1]) for g, d in zip(grads, dims, strict=True) if d is not None}
+
+    def row(i: int) -> tuple[Any, ...]:
+        # A backward pass overwrites what it is given.
+        return backward(*[g if d is None else g.select(d, i).clone() for g, d in zip(grads, dims, strict=True)])
+
+    rows = [row(i) for i in range(n)]
+    return tuple(None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True))
+
+
+def _one_by_one(backward: Backward, ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """`backward` where gradients may be batched: by torch.vmap, or by the vmap of its own of `is_grads_batched`."""
+    if torch._C._are_functorch_transforms_active():
+        there: list[bool] = []
+
+        def noted(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+            results = backward(ctx, *grads)
+            there[:] = [r is not None for r in results]
+            return results
+
+        results = iter(cast(tuple[Tensor, ...], _Batched.apply(noted, ctx, *grads)))
+        return tuple(next(results) if t else None for t in there)
+    modes = cast(Any, torch._C)
+    level = modes._vmapmode_increment_nesting() - 1
+    modes._vmapmode_decrement_nesting()
+    if level == 0:
+        return backward(ctx, *grads)
+    # What is not batched comes out with one row.
+    plain = [None if g is None else torch._remove_batch_dim(g, level, 1, 0) for g in grads]
+    n = max(g.shape[0] for g in plain if g is not None)
+    plain = [None if g is None else g.expand(n, *g.shape[1:]) for g in plain]
+    rows = _rows(functools.partial(backward, ctx), plain, [None if g is None else 0 for g in plain])
+    return tuple(None if r is None else torch._add_batch_dim(r, 0, level) for r in rows)
 
 
 # ---- BatchNorm: a factor and a summand -------------------------------------------------------------------------------
 
 
 def factors(
-    compiled: bool,
-    bn: nn.BatchNorm2d,
-    y: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    names: tuple[str, ...] = (),
-) -> tuple[Tensor, ...]:
-    """What `kernels.norm` gives for y; in training the batch's statistics, which move the running ones."""
+    compiled: bool, bn: nn.BatchNorm2d, y: Tensor, weight: Tensor, bias: Tensor, names: tuple[str, ...] = ()
+) -> tuple[Norm, Tensor, Planes, list[Tensor]]:
+    """A BatchNorm of y as a factor and a summand; in training the batch's statistics move the running ones.
+
+    Returns:
+        The factor and what else its gradient takes, the summand b, numbers of y's planes, and the statistics by name.
+    """
     known = (None, None) if bn.training else (bn.running_mean, bn.running_var)
-    found = kernels.norm(compiled, y, weight, bias, *known, bn.eps, names)
+    a, b, center, spread, mean, var, pick, *statistics = kernels.norm(compiled, y, weight, bias, *known, bn.eps, names)
     if bn.training:
-        _track(bn, y, *found[2:4])
-    return found
+        _track(bn, y, center, spread)
+    # What backward does not need is not kept.
+    planes = Planes(mean if names else None, var if 'var' in names else None, pick)
+    return Norm(weight, bn.eps, bn.training, a, center, spread), b, planes, statistics
 
 
 def _track(bn: nn.BatchNorm2d, y: Tensor, center: Tensor, spread: Tensor) -> None:
@@ -50,50 +132,25 @@ def _track(bn: nn.BatchNorm2d, y: Tensor, center: Tensor, spread: Tensor) -> Non
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        compiled: bool,
-        bn: nn.BatchNorm2d,
-        names: tuple[str, ...],
-        y: Tensor,
-        weight: Tensor,
-        bias: Tensor,
+        ctx: Any, compiled: bool, bn: nn.BatchNorm2d, names: tuple[str, ...], y: Tensor, weight: Tensor, bias: Tensor
     ) -> tuple[Tensor, ...]:
-        a, b, center, spread, mean, var, pick, *found = factors(compiled, bn, y, weight, bias, names)
-        # What backward does not need is not kept.
-        mean, var = (mean if names else None), (var if 'var' in names else None)
-        ctx.save_for_backward(y, weight, a, center, spread, mean, var, pick)
-        ctx.compiled, ctx.names, ctx.training, ctx.eps = compiled, names, bn.training, bn.eps
+        (_, eps, training, a, center, spread), b, planes, statistics = factors(compiled, bn, y, weight, bias, names)
+        ctx.save_for_backward(y, weight, a, center, spread, *planes)
+        ctx.compiled, ctx.names, ctx.eps, ctx.training = compiled, names, eps, training
         ctx.set_materialize_grads(False)
-        return y, a, b, *found
+        return y, a, b, *statistics
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor, ga: Tensor, gb: Tensor, *gfound: Tensor | None) -> tuple[Any, ...]:
-        y, weight, a, center, spread, mean, var, pick = ctx.saved_tensors
-        by_name = dict(zip(ctx.names, gfound, strict=True))
-        grads = kernels.norm_backward(
-            ctx.compiled,
-            g,
-            y,
-            weight,
-            ctx.eps,
-            ctx.training,
-            a,
-            center,
-            spread,
-            mean,
-            var,
-            pick,
-            ga,
-            gb,
-            by_name.get('mean'),
-            by_name.get('var'),
-            by_name.get('peak'),
-        )
-        return None, None, None, *grads
+    @first_order
+    def backward(ctx: Any, g: Tensor, ga: Tensor, gb: Tensor, *gstatistics: Tensor | None) -> tuple[Any, ...]:
+        y, weight, a, center, spread, *planes = ctx.saved_tensors
+        norm = Norm(weight, ctx.eps, ctx.training, a, center, spread)
+        by_name = dict(zip(ctx.names, gstatistics, strict=True))
+        gplanes = Planes(by_name.get('mean'), by_name.get('var'), by_name.get('peak'))
+        return None, None, None, *kernels.norm_backward(ctx.compiled, g, y, norm, Planes(*planes), ga, gb, gplanes)
 
 
-def norm(compiled: bool, bn: nn.BatchNorm2d, y: Tensor, names: tuple[str, ...] = ()) -> tuple[Tensor, ...]:
+def norm(compiled: bool, bn: nn.BatchNorm2d, y: Tensor, names: tuple[str, ...] = ()) -> tuple[Affine, list[Tensor]]:
     """BN(y) as y * a + b, with y to go on with.
 
     Args:
@@ -103,9 +160,10 @@ def norm(compiled: bool, bn: nn.BatchNorm2d, y: Tensor, names: tuple[str, ...] =
         names: Statistics of BN(y)'s planes, as in `kernels.norm`.
 
     Returns:
-        y, a and b (1, C, 1, 1), and the statistics (N, C).
+        BN(y), and the statistics (N, C).
     """
-    return cast(tuple[Tensor, ...], _Norm.apply(compiled, bn, names, y, bn.weight, bn.bias))
+    results = cast(tuple[Tensor, ...], _Norm.apply(compiled, bn, names, y, bn.weight, bn.bias))
+    return Affine(*results[:3]), list(results[3:])
 
 
 # ---- Convolutions behind something that is recomputed ----------------------------------------------------------------
@@ -161,18 +219,18 @@ class _NormActConv(torch.autograd.Function):
         bias: Tensor,
         *params: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        a, b, center, spread, *_ = factors(compiled, bn, y, weight, bias)
-        (act,) = (kernels.affine_relu_ if in_place else kernels.affine_relu)(compiled, y, a, b)
+        (_, eps, training, a, center, spread), b, *_ = factors(compiled, bn, y, weight, bias)
+        (act,) = (kernels.affine_relu_ if in_place else kernels.affine_relu)(compiled, Affine(y, a, b))
         ctx.save_for_backward(y, weight, a, b, center, spread, *params)
-        ctx.compiled, ctx.convs, ctx.training, ctx.eps = compiled, convs, bn.training, bn.eps
+        ctx.compiled, ctx.convs, ctx.eps, ctx.training = compiled, convs, eps, training
         pairs = zip(convs, params[::2], params[1::2], strict=True)
         return tuple(convolve(act, conv, cast(Tensor, w), c) for conv, w, c in pairs)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         y, weight, a, b, center, spread, *params = ctx.saved_tensors
-        (act,) = kernels.affine_relu(ctx.compiled, y, a, b)
+        (act,) = kernels.affine_relu(ctx.compiled, Affine(y, a, b))
         gact: Any = None
         gparams: list[Tensor | None] = []
         for i, (conv, g) in enumerate(zip(ctx.convs, grads, strict=True)):
@@ -181,18 +239,15 @@ class _NormActConv(torch.autograd.Function):
             gact = gx if gact is None else gact.add_(gx)
             gparams += gp
         del act
-        gy = kernels.norm_relu_backward(ctx.compiled, gact, y, weight, ctx.eps, ctx.training, a, b, center, spread)
-        return None, None, None, None, *gy, *gparams
+        norm = Norm(weight, ctx.eps, ctx.training, a, center, spread)
+        return None, None, None, None, *kernels.norm_relu_backward(ctx.compiled, gact, y, b, norm), *gparams
 
 
 def norm_act_conv(compiled: bool, bn: nn.BatchNorm2d, y: Tensor, *convs: nn.Conv2d) -> tuple[Tensor, ...]:
     """Convolutions of ReLU(BN(y)), keeping y. Without gradients y is overwritten."""
-    return cast(
-        tuple[Tensor, ...],
-        _NormActConv.apply(
-            compiled, not torch.is_grad_enabled(), bn, convs, y, bn.weight, bn.bias, *conv_params(y, *convs)
-        ),
-    )
+    in_place = not torch.is_grad_enabled()
+    params = conv_params(y, *convs)
+    return cast(tuple[Tensor, ...], _NormActConv.apply(compiled, in_place, bn, convs, y, bn.weight, bn.bias, *params))
 
 
 class _GateConv(torch.autograd.Function):
@@ -203,15 +258,26 @@ class _GateConv(torch.autograd.Function):
         return convolve(x, conv, weight, None)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (g,), (x, weight) = grads, ctx.saved_tensors
         gx = gweight = None
         if ctx.needs_input_grad[1]:
             gx = convolve(g, ctx.conv, weight.flip(2, 3).transpose(0, 1), None)
         if ctx.needs_input_grad[2]:
             _, gweight, _ = convolve_backward(g, x, ctx.conv, weight, None, (False, True, False))
         return None, gx, gweight
+
+
+def is_gate_conv(conv: nn.Conv2d) -> bool:
+    """The convolution is one that `gate_conv` knows: from 2 channels to 1, square, keeping the map's size."""
+    size, k = conv.kernel_size, conv.kernel_size[0]
+    return (
+        (conv.in_channels, conv.out_channels, conv.groups, conv.bias) == (2, 1, 1, None)
+        and (conv.stride, conv.dilation, conv.padding) == ((1, 1), (1, 1), (k // 2, k // 2))
+        and size == (k, k)
+        and k % 2 == 1
+        and conv.padding_mode == 'zeros'
+    )
 
 
 def gate_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -222,7 +288,7 @@ def gate_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
     Both are several times faster on CPU than torch's own.
 
     Args:
-        conv: The convolution, of stride 1.
+        conv: The convolution, one of `is_gate_conv`.
         x: (N, 2, A, B)
 
     Returns:
@@ -252,74 +318,50 @@ def _folded(x: Tensor, weight: Tensor) -> Tensor:
 
 class _GatedSum(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        compiled: bool,
-        in_place: bool,
-        y: Tensor,
-        a: Tensor | None,
-        b: Tensor | None,
-        channels: Tensor | None,
-        shortcut: Tensor,
-        a1: Tensor | None,
-        b1: Tensor | None,
-    ) -> Tensor:
-        apply = kernels.gated_sum_ if in_place else kernels.gated_sum
-        (out,) = apply(compiled, y, a, b, channels, shortcut, a1, b1, False)
-        ctx.save_for_backward(out, y, a, b, channels, None if a1 is None else shortcut, a1)
+    def forward(ctx: Any, compiled: bool, in_place: bool, *given: Any) -> Tensor:
+        x, channels, shortcut = Affine(*given[:3]), given[3], Affine(*given[4:])
+        (out,) = (kernels.gated_sum_ if in_place else kernels.gated_sum)(compiled, x, channels, shortcut)
+        ctx.save_for_backward(out, *x, channels, *_needed(shortcut))
         ctx.compiled = compiled
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        return None, None, *kernels.gated_sum_backward(ctx.compiled, g, *ctx.saved_tensors)
+    @first_order
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        out, y, a, b, channels, *shortcut = ctx.saved_tensors
+        x, shortcut = Affine(y, a, b), Affine(*shortcut)
+        return None, None, *kernels.gated_sum_backward(ctx.compiled, grads[0], out, x, channels, shortcut)
 
 
-def gated_sum(
-    compiled: bool,
-    y: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    channels: Tensor | None,
-    shortcut: Tensor,
-    a1: Tensor | None,
-    b1: Tensor | None,
-) -> Tensor:
-    """ReLU((y * a + b) * channels + shortcut * a1 + b1), keeping y and the output; y is overwritten without gradients.
+def _needed(shortcut: Affine) -> tuple[Tensor | None, Tensor | None]:
+    """What of a shortcut its gradient takes."""
+    return (None if shortcut.a is None else shortcut.y), shortcut.a
+
+
+def gated_sum(compiled: bool, x: Affine, channels: Tensor | None, shortcut: Affine) -> Tensor:
+    """ReLU(x * channels + shortcut), keeping x's y and the output; y is overwritten without gradients.
 
     Args:
         compiled: Call kernels compiled.
-        y: (N, C, H, W)
-        a: (1, C, 1, 1), or None for no factor and summand.
-        b: Like a.
+        x: A map (N, C, H, W).
         channels: (N, C, 1, 1) or (N, 1, 1, 1), or None.
-        shortcut: (N, C, H, W)
-        a1: Like a.
-        b1: Like a.
+        shortcut: A map (N, C, H, W).
     """
-    return cast(Tensor, _GatedSum.apply(compiled, not torch.is_grad_enabled(), y, a, b, channels, shortcut, a1, b1))
+    return cast(Tensor, _GatedSum.apply(compiled, not torch.is_grad_enabled(), *x, channels, *shortcut))
 
 
 class _Pool(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        compiled: bool,
-        dims: tuple[int, ...],
-        y: Tensor,
-        a: Tensor | None,
-        b: Tensor | None,
-        channels: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        found = kernels.pool(compiled, y, a, b, channels, dims)
-        peaks, pooled = found[::2], found[1::2]
-        ctx.save_for_backward(y, a, b, channels, *peaks)
+    def forward(ctx: Any, compiled: bool, dims: tuple[int, ...], *given: Any) -> tuple[Tensor, ...]:
+        x, channels = Affine(*given[:3]), given[3]
+        results = kernels.pool(compiled, x, channels, dims)
+        peaks, pooled = results[::2], results[1::2]
+        ctx.save_for_backward(*x, channels, *peaks)
         ctx.compiled, ctx.dims = compiled, dims
-        return y, *peaks, *pooled
+        return x.y, *peaks, *pooled
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, gz: Tensor, *more: Tensor) -> tuple[Any, ...]:
         y, a, b, channels, *peaks = ctx.saved_tensors
         counts, gpooled = more[: len(peaks)], more[len(peaks) :]
@@ -328,119 +370,76 @@ class _Pool(torch.autograd.Function):
             gpeak, gmean = g.split(1, d)
             # Equal maxima share the gradient, as in torch's amax.
             pools += peak, gpeak / count, gmean / y.shape[d]
-        return None, None, *kernels.pool_backward(ctx.compiled, gz, y, a, b, channels, *pools)
+        return None, None, *kernels.pool_backward(ctx.compiled, gz, Affine(y, a, b), channels, *pools)
 
 
 class _GatedPooledSum(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        compiled: bool,
-        in_place: bool,
-        summed: bool,
-        dims: tuple[int, ...],
-        y: Tensor,
-        a: Tensor | None,
-        b: Tensor | None,
-        channels: Tensor | None,
-        shortcut: Tensor,
-        a1: Tensor | None,
-        b1: Tensor | None,
-        *more: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, compiled: bool, in_place: bool, dims: tuple[int, ...], *given: Any) -> Tensor:
+        x, channels, shortcut, more = Affine(*given[:3]), given[3], Affine(*given[4:7]), given[7:]
         apply = kernels.gated_sum_ if in_place else kernels.gated_sum
-        (out,) = apply(compiled, y, a, b, channels, shortcut, a1, b1, summed, *more[len(dims) :])
-        ctx.save_for_backward(out, y, a, b, channels, None if a1 is None else shortcut, a1, *more)
-        ctx.compiled, ctx.summed, ctx.dims = compiled, summed, dims
+        (out,) = apply(compiled, x, channels, shortcut, *more[len(dims) :])
+        ctx.save_for_backward(out, *x, channels, *_needed(shortcut), *more)
+        ctx.compiled, ctx.dims = compiled, dims
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        gz, gshortcut, ga1, gb1, *rest = kernels.gated_pooled_sum_backward(
-            ctx.compiled, g, *ctx.saved_tensors[:7], ctx.summed, ctx.dims, *ctx.saved_tensors[7:]
+    @first_order
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        out, y, a, b, channels, s, a1, *more = ctx.saved_tensors
+        gz, gs, ga1, gb1, *rest = kernels.gated_pooled_sum_backward(
+            ctx.compiled, grads[0], out, Affine(y, a, b), channels, Affine(s, a1), ctx.dims, *more
         )
         ggates, counts = rest[: -len(ctx.dims)], rest[-len(ctx.dims) :]
         # What leaves for y is the gradient of z, and for the maxima the number of their places: `_Pool` awaits them.
-        return *(None,) * 4, gz, None, None, None, gshortcut, ga1, gb1, *counts, *ggates
+        return *(None,) * 3, gz, None, None, None, gs, ga1, gb1, *counts, *ggates
 
 
 def gated_pooled_sum(
     compiled: bool,
-    y: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
+    x: Affine,
     channels: Tensor | None,
     dims: tuple[int, ...],
     gates_of: Callable[[list[Tensor]], Sequence[Tensor]],
-    summed: bool,
-    shortcut: Tensor,
-    a1: Tensor | None,
-    b1: Tensor | None,
+    shortcut: Affine,
 ) -> Tensor:
-    """`gated_sum` with more gates, which are functions of what z = (y * a + b) * channels is pooled to.
+    """`gated_sum` with a further gate, the sum of functions of what z = x * channels is pooled to.
 
     Args:
         compiled: Call kernels compiled.
-        y: (N, C, H, W)
-        a: (1, C, 1, 1), or None for no factor and summand.
-        b: Like a.
+        x: A map (N, C, H, W).
         channels: (N, C, 1, 1), or None.
         dims: Dimensions along which z is pooled.
         gates_of: For z's maximum and mean along each, of z's shape but for a 2 in place of the size: the gates.
-        summed: The gates' sum, not their product, is the gate.
-        shortcut: (N, C, H, W)
-        a1: Like a.
-        b1: Like a.
+        shortcut: A map (N, C, H, W).
     """
-    z, *found = cast(tuple[Tensor, ...], _Pool.apply(compiled, dims, y, a, b, channels))
-    peaks, pooled = found[: len(dims)], found[len(dims) :]
-    return cast(
-        Tensor,
-        _GatedPooledSum.apply(
-            compiled,
-            not torch.is_grad_enabled(),
-            summed,
-            dims,
-            z,
-            a,
-            b,
-            channels,
-            shortcut,
-            a1,
-            b1,
-            *peaks,
-            *gates_of(pooled),
-        ),
-    )
+    y, *results = cast(tuple[Tensor, ...], _Pool.apply(compiled, dims, *x, channels))
+    peaks, pooled = results[: len(dims)], results[len(dims) :]
+    in_place = not torch.is_grad_enabled()
+    given = *x._replace(y=y), channels, *shortcut, *peaks, *gates_of(pooled)
+    return cast(Tensor, _GatedPooledSum.apply(compiled, in_place, dims, *given))
 
 
 # ---- BAM -------------------------------------------------------------------------------------------------------------
 
 
-class _RaiseBy(torch.autograd.Function):
+class _BAMGate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        compiled: bool,
-        add: bool,
-        gain: float,
-        x: Tensor,
-        channels: Tensor,
-        pixels: Tensor,
+        ctx: Any, compiled: bool, add: bool, gain: float, x: Tensor, channels: Tensor, pixels: Tensor
     ) -> Tensor:
         ctx.save_for_backward(x, channels, pixels)
         ctx.args = compiled, add, gain
-        (out,) = kernels.raise_by(compiled, x, channels, pixels, add, gain)
+        (out,) = kernels.bam_gate(compiled, x, channels, pixels, add, gain)
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    @first_order
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         compiled, add, gain = ctx.args
-        return None, None, None, *kernels.raise_by_backward(compiled, g, *ctx.saved_tensors, add, gain)
+        return None, None, None, *kernels.bam_gate_backward(compiled, grads[0], *ctx.saved_tensors, add, gain)
 
 
-def raise_by(compiled: bool, x: Tensor, channels: Tensor, pixels: Tensor, add: bool, gain: float) -> Tensor:
+def bam_gate(compiled: bool, x: Tensor, channels: Tensor, pixels: Tensor, add: bool, gain: float) -> Tensor:
     """x * (1 + s(channels * pixels)) * gain, or with their sum; keeping its inputs."""
-    return cast(Tensor, _RaiseBy.apply(compiled, add, gain, x, channels, pixels))
+    return cast(Tensor, _BAMGate.apply(compiled, add, gain, x, channels, pixels))

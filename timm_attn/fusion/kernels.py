@@ -1,14 +1,10 @@
 """Passes over the maps of a block, each written once in torch and compiled into as few loops as possible.
 
-Shapes: N batch, C channels, H, W sides of the map. y (N, C, H, W) is a convolution's output, and x = y * a + b what
-its BatchNorm makes of it, with a and b (1, C, 1, 1); both are None where there is no BatchNorm. Everything but maps is
-in float32, or float64 for maps of float64.
+Shapes: N batch, C channels, H, W sides of the map. Everything but maps is in float32, or float64 for maps of float64.
 """
 
-import operator
 from collections.abc import Sequence
-from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +12,60 @@ from torch import Tensor
 from .compile import kernel, overwriting
 
 
+class Affine(NamedTuple):
+    """A map x = y * a + b that is not made, such as a BatchNorm's output.
+
+    Attributes:
+        y: The map that is there (N, C, H, W); None where a backward pass needs no value of it.
+        a: (1, C, 1, 1), or None for x = y.
+        b: Like a.
+    """
+
+    y: Any
+    a: Tensor | None = None
+    b: Tensor | None = None
+
+
+class Norm(NamedTuple):
+    """What the gradient of a BatchNorm takes besides its input.
+
+    Attributes:
+        weight: (C,)
+        eps: Added to the variance.
+        training: Mean and variance are the batch's.
+        a: Factor of the input (1, C, 1, 1).
+        center: The mean (1, C, 1, 1).
+        spread: The variance (1, C, 1, 1).
+    """
+
+    weight: Tensor
+    eps: float
+    training: bool
+    a: Tensor
+    center: Tensor
+    spread: Tensor
+
+
+class Planes(NamedTuple):
+    """A number for each plane of a map, or its gradient; None where no one needs it.
+
+    Attributes:
+        mean: The mean.
+        var: The variance.
+        peak: The value where the BatchNorm's output has its maximum.
+    """
+
+    mean: Tensor | None
+    var: Tensor | None
+    peak: Tensor | None
+
+
 def _up(y: Tensor) -> Tensor:
     return y if y.dtype == torch.float64 else y.float()
 
 
-def _affine(y: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
-    return _up(y) if a is None or b is None else _up(y) * a + b
+def _made(x: Affine) -> Tensor:
+    return _up(x.y) if x.a is None or x.b is None else _up(x.y) * x.a + x.b
 
 
 def _plane_sum(x: Tensor) -> Tensor:
@@ -30,6 +74,11 @@ def _plane_sum(x: Tensor) -> Tensor:
 
 def _unbiased(m: int) -> float:
     return m / max(m - 1, 1)
+
+
+def _through_relu(g: Tensor, out: Tensor) -> Tensor:
+    """Gradient of what a ReLU turned into out; as in torch, NaN lets it pass."""
+    return torch.where(out <= 0, 0, _up(g))
 
 
 # ---- BatchNorm ------------------------------------------------------------------------------------------------------
@@ -77,7 +126,9 @@ def norm(
     a = weight[None, :, None, None] * (spread + eps).rsqrt()
     b = bias[None, :, None, None] - center * a
     if 'peak' in names:
-        pick = torch.where(a >= 0, y.amax((2, 3), keepdim=True), y.amin((2, 3), keepdim=True))
+        # With a factor of 0 all pixels are equal maxima.
+        flat = y.mean((2, 3), keepdim=True) if mean is None else mean
+        pick = torch.where(a > 0, y.amax((2, 3), keepdim=True), torch.where(a < 0, y.amin((2, 3), keepdim=True), flat))
     shown: list[Tensor] = []
     for name in names:
         if name == 'mean':
@@ -97,64 +148,58 @@ def plane_statistics(y: Tensor, names: tuple[str, ...]) -> tuple[Tensor, ...]:
     """Statistics of y's planes, as `norm`'s of its output's."""
     y = _up(y)
     mean = y.mean((2, 3), keepdim=True)
-    found: list[Tensor] = []
+    shown: list[Tensor] = []
     for name in names:
         if name == 'mean':
-            found.append(mean)
+            shown.append(mean)
         elif name == 'var':
-            found.append((y - mean).square().mean((2, 3), keepdim=True) * _unbiased(y.shape[2] * y.shape[3]))
+            shown.append((y - mean).square().mean((2, 3), keepdim=True) * _unbiased(y.shape[2] * y.shape[3]))
         else:
-            found.append(y.amax((2, 3), keepdim=True))
-    return tuple([x.flatten(1) for x in found])
+            shown.append(y.amax((2, 3), keepdim=True))
+    return tuple([x.flatten(1) for x in shown])
 
 
 @overwriting
 def norm_backward(
-    g: Tensor,
-    y: Tensor,
-    weight: Tensor,
-    eps: float,
-    training: bool,
-    a: Tensor,
-    center: Tensor,
-    spread: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    pick: Tensor | None,
-    ga: Tensor,
-    gb: Tensor,
-    gmean: Tensor | None,
-    gvar: Tensor | None,
-    gpeak: Tensor | None,
+    g: Tensor, y: Tensor, norm: Norm, planes: Planes, ga: Tensor, gb: Tensor, gplanes: Planes
 ) -> tuple[Tensor, ...]:
     """Adds to g, the gradient of y by other ways, that through the results of `norm`; g is overwritten.
+
+    Args:
+        g: Gradient of y, a map.
+        y: The map.
+        norm: The BatchNorm.
+        planes: What `norm` gives of y's planes, (N, C, 1, 1) each.
+        ga: Gradient of a.
+        gb: Gradient of b.
+        gplanes: Those of the statistics (N, C).
 
     Returns:
         Gradients of weight and bias.
     """
     m = y.shape[2] * y.shape[3]
-    u = _up(y)
+    u, a = _up(y), norm.a
     slope: Tensor | float = 0.0
     offset: Tensor | float = 0.0
     peaks: Tensor | None = None
-    gmean, gvar, gpeak = [None if x is None else x[:, :, None, None] for x in (gmean, gvar, gpeak)]
+    gmean, gvar, gpeak = [None if x is None else x[:, :, None, None] for x in gplanes]
     if gmean is not None:
-        assert mean is not None
-        ga, gb = ga + (gmean * mean).sum(0, keepdim=True), gb + gmean.sum(0, keepdim=True)
+        assert planes.mean is not None
+        ga, gb = ga + (gmean * planes.mean).sum(0, keepdim=True), gb + gmean.sum(0, keepdim=True)
         offset = offset + gmean * a / m
     if gvar is not None:
-        assert mean is not None and var is not None
+        assert planes.mean is not None and planes.var is not None
         gvar = gvar * _unbiased(m)
-        ga = ga + (gvar * var * a * 2).sum(0, keepdim=True)
+        ga = ga + (gvar * planes.var * a * 2).sum(0, keepdim=True)
         slope = slope + gvar * a.square() * (2 / m)
-        offset = offset - gvar * a.square() * mean * (2 / m)
+        offset = offset - gvar * a.square() * planes.mean * (2 / m)
     if gpeak is not None:
-        assert pick is not None
-        ga, gb = ga + (gpeak * pick).sum(0, keepdim=True), gb + gpeak.sum(0, keepdim=True)
-        at = u == pick
-        # As in torch's amax, equal peaks share the gradient.
-        peaks = torch.where(at, gpeak * a / _plane_sum(at.to(u.dtype)), 0)
-    batch_slope, batch_offset, *gparams = _norm_gradients(u, weight, eps, training, a, center, spread, ga, gb)
+        assert planes.peak is not None
+        ga, gb = ga + (gpeak * planes.peak).sum(0, keepdim=True), gb + gpeak.sum(0, keepdim=True)
+        at = (u == planes.peak).to(u.dtype)
+        # As in torch's amax, equal peaks share the gradient, and where a NaN is the peak all get NaN.
+        peaks = torch.where(a == 0, 0, at * (gpeak * a / _plane_sum(at)))
+    batch_slope, batch_offset, *gparams = _norm_gradients(u, norm, ga, gb)
     out = _up(g) + u * (slope + batch_slope) + (offset + batch_offset)
     if peaks is not None:
         out = out + peaks
@@ -162,61 +207,48 @@ def norm_backward(
     return tuple(gparams)
 
 
-def _norm_gradients(
-    u: Tensor,
-    weight: Tensor,
-    eps: float,
-    training: bool,
-    a: Tensor,
-    center: Tensor,
-    spread: Tensor,
-    ga: Tensor,
-    gb: Tensor,
-) -> tuple[Any, ...]:
+def _norm_gradients(u: Tensor, norm: Norm, ga: Tensor, gb: Tensor) -> tuple[Any, ...]:
     """For those of a and b: slope and offset of the gradient of u by its statistics, gradients of weight and bias."""
-    ga = ga - center * gb
-    root = (spread + eps).rsqrt()
+    ga = ga - norm.center * gb
+    root = (norm.spread + norm.eps).rsqrt()
     slope = offset = 0.0
-    if training:
+    if norm.training:
         n = u.shape[0] * u.shape[2] * u.shape[3]
-        gspread = ga * weight[None, :, None, None] * root * root * root * -0.5
-        slope, offset = gspread * (2 / n), -(a * gb + gspread * center * 2) / n
-    return slope, offset, (ga * root).flatten().to(weight.dtype), gb.flatten().to(weight.dtype)
+        gspread = ga * norm.weight[None, :, None, None] * root * root * root * -0.5
+        slope, offset = gspread * (2 / n), -(norm.a * gb + gspread * norm.center * 2) / n
+    return slope, offset, (ga * root).flatten().to(norm.weight.dtype), gb.flatten().to(norm.weight.dtype)
 
 
 # ---- ReLU(BN(y)) before a convolution -------------------------------------------------------------------------------
 
 
 @kernel
-def affine_relu(y: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor]:
+def affine_relu(x: Affine) -> tuple[Tensor]:
     """ReLU(x)."""
-    return (_affine(y, a, b).relu().to(y.dtype),)
+    return (_made(x).relu().to(x.y.dtype),)
 
 
 @overwriting
-def affine_relu_(y: Tensor, a: Tensor, b: Tensor) -> tuple[()]:
+def affine_relu_(x: Affine) -> tuple[()]:
     """ReLU(x) in the memory of y."""
-    y.copy_(_affine(y, a, b).relu())
+    x.y.copy_(_made(x).relu())
     return ()
 
 
 @overwriting
-def norm_relu_backward(
-    g: Tensor,
-    y: Tensor,
-    weight: Tensor,
-    eps: float,
-    training: bool,
-    a: Tensor,
-    b: Tensor,
-    center: Tensor,
-    spread: Tensor,
-) -> tuple[Tensor, ...]:
-    """Gradients of weight and bias for that of ReLU(x); g becomes that of y."""
+def norm_relu_backward(g: Tensor, y: Tensor, b: Tensor, norm: Norm) -> tuple[Tensor, ...]:
+    """Gradients of weight and bias for that of ReLU(BN(y)); g becomes that of y.
+
+    Args:
+        g: The gradient, a map.
+        y: The map.
+        b: Summand of the BatchNorm (1, C, 1, 1).
+        norm: The BatchNorm.
+    """
     u = _up(y)
-    g0 = torch.where(u * a + b > 0, _up(g), 0)
-    gy, ga, gb, _ = _factor_gradients(g0, u, a, b, None)
-    slope, offset, *gparams = _norm_gradients(u, weight, eps, training, a, center, spread, ga, gb)
+    g0 = _through_relu(g, u * norm.a + b)
+    gy, ga, gb, _ = _factor_gradients(g0, Affine(u, norm.a), None)
+    slope, offset, *gparams = _norm_gradients(u, norm, ga, gb)
     g.copy_(gy + u * slope + offset)
     return tuple(gparams)
 
@@ -225,184 +257,127 @@ def norm_relu_backward(
 
 
 @kernel
-def gated_sum(
-    y: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    channels: Tensor | None,
-    shortcut: Tensor,
-    a1: Tensor | None,
-    b1: Tensor | None,
-    summed: bool,
-    *gates: Tensor,
-) -> tuple[Tensor]:
-    """ReLU(x * channels * gate + shortcut * a1 + b1).
+def gated_sum(x: Affine, channels: Tensor | None, shortcut: Affine, *gates: Tensor) -> tuple[Tensor]:
+    """ReLU(x * channels * gate + shortcut).
 
     Args:
-        y: The map.
-        a: (1, C, 1, 1)
-        b: (1, C, 1, 1)
+        x: A map.
         channels: Gate of channels (N, C, 1, 1), or None for 1.
         shortcut: A map.
-        a1: Like a.
-        b1: Like a.
-        summed: The gates' sum, not their product, is the gate.
-        *gates: Each of 4 dimensions.
+        *gates: Of 4 dimensions each; gate is their sum, or 1 where there is none.
     """
-    return (_gated_sum(y, a, b, channels, shortcut, a1, b1, summed, gates).to(y.dtype),)
+    return (_gated_sum(x, channels, shortcut, gates).to(x.y.dtype),)
 
 
 @overwriting
-def gated_sum_(
-    y: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    channels: Tensor | None,
-    shortcut: Tensor,
-    a1: Tensor | None,
-    b1: Tensor | None,
-    summed: bool,
-    *gates: Tensor,
-) -> tuple[()]:
+def gated_sum_(x: Affine, channels: Tensor | None, shortcut: Affine, *gates: Tensor) -> tuple[()]:
     """`gated_sum` in the memory of y."""
-    y.copy_(_gated_sum(y, a, b, channels, shortcut, a1, b1, summed, gates))
+    x.y.copy_(_gated_sum(x, channels, shortcut, gates))
     return ()
 
 
-def _gated_sum(
-    y: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    channels: Tensor | None,
-    shortcut: Tensor,
-    a1: Tensor | None,
-    b1: Tensor | None,
-    summed: bool,
-    gates: Sequence[Tensor],
-) -> Tensor:
-    z = _gated(_affine(y, a, b), channels)
+def _gated_sum(x: Affine, channels: Tensor | None, shortcut: Affine, gates: Sequence[Tensor]) -> Tensor:
+    z = _gated(_made(x), channels)
     if gates:
-        z = z * _joint(gates, summed)
-    return (z + _affine(shortcut, a1, b1)).relu()
+        z = z * _sum(gates)
+    return (z + _made(shortcut)).relu()
 
 
 def _gated(x: Tensor, channels: Tensor | None) -> Tensor:
     return x if channels is None else x * channels
 
 
-def _joint(gates: Sequence[Tensor], summed: bool) -> Tensor:
-    return reduce(operator.add if summed else operator.mul, gates)
+def _sum(gates: Sequence[Tensor]) -> Tensor:
+    total = gates[0]
+    for gate in gates[1:]:
+        total = total + gate
+    return total
 
 
 @kernel
 def gated_sum_backward(
-    g: Tensor,
-    out: Tensor,
-    y: Tensor,
-    a: Tensor,
-    b: Tensor,
-    channels: Tensor | None,
-    shortcut: Tensor | None,
-    a1: Tensor | None,
+    g: Tensor, out: Tensor, x: Affine, channels: Tensor | None, shortcut: Affine
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of y, a, b, channels, shortcut, a1 and b1, without further gates."""
-    g = torch.where(out > 0, _up(g), 0)
-    gy, *gfactors = _factor_gradients(g, _up(y), a, b, channels)
-    return gy.to(y.dtype), *gfactors, *_shortcut_gradients(g, y.dtype, shortcut, a1)
+    """Gradients of x's y, a and b, of channels, and of the shortcut's y, a and b, without further gates.
+
+    Args:
+        g: Gradient of the output.
+        out: The output.
+        x: As given.
+        channels: As given.
+        shortcut: As given; without a factor its map is not needed.
+    """
+    g = _through_relu(g, out)
+    gy, *gfactors = _factor_gradients(g, x, channels)
+    return gy.to(x.y.dtype), *gfactors, *_shortcut_gradients(g, x.y.dtype, shortcut)
 
 
 @kernel
 def gated_pooled_sum_backward(
-    g: Tensor,
-    out: Tensor,
-    y: Tensor,
-    a: Tensor,
-    b: Tensor,
-    channels: Tensor | None,
-    shortcut: Tensor | None,
-    a1: Tensor | None,
-    summed: bool,
-    dims: tuple[int, ...],
-    *more: Tensor,
+    g: Tensor, out: Tensor, x: Affine, channels: Tensor | None, shortcut: Affine, dims: tuple[int, ...], *more: Tensor
 ) -> tuple[Tensor | None, ...]:
     """`gated_sum_backward` where z = x * channels was pooled for further gates.
 
     Args:
         g: Gradient of the output.
         out: The output.
-        y: The map.
-        a: (1, C, 1, 1)
-        b: (1, C, 1, 1)
-        channels: (N, C, 1, 1) or None.
-        shortcut: As given, or None without a1.
-        a1: As given.
-        summed: As given.
+        x: As given.
+        channels: As given.
+        shortcut: As given; without a factor its map is not needed.
         dims: Those that z was pooled along.
         *more: The maxima of z along each dimension, and the gates.
 
     Returns:
-        Gradients of z, shortcut, a1, b1 and the gates, and the number of places of each maximum: these loops read all
-        of z in any case.
+        Gradients of z, of the shortcut's y, a and b, of the gates, and the number of places of each maximum: these
+        loops read all of z in any case.
     """
     peaks, gates = more[: len(dims)], more[len(dims) :]
-    z = _gated(_up(y) * a + b, channels)
-    g = torch.where(out > 0, _up(g), 0)
-    gz = (g * _joint(gates, summed)).to(y.dtype)
+    z = _gated(_made(x), channels)
+    g = _through_relu(g, out)
+    gz = (g * _sum(gates)).to(x.y.dtype)
     counts = [(z == peak).to(z.dtype).sum(d, keepdim=True) for d, peak in zip(dims, peaks, strict=True)]
-    ggates: list[Tensor] = []
-    for i, gate in enumerate(gates):
-        others = [other for j, other in enumerate(gates) if j != i]
-        ggate = g * z if summed or not others else g * z * _joint(others, False)
-        ggates.append(_sum_to(ggate, gate).to(gate.dtype))
-    return gz, *_shortcut_gradients(g, y.dtype, shortcut, a1), *ggates, *counts
+    ggates = [_sum_to(g * z, gate).to(gate.dtype) for gate in gates]
+    return gz, *_shortcut_gradients(g, x.y.dtype, shortcut), *ggates, *counts
 
 
-def _factor_gradients(
-    gz: Tensor,
-    u: Tensor,
-    a: Tensor,
-    b: Tensor | None,
-    channels: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of u, a, b and channels for that of z = (u * a + b) * channels; b is needed with channels only."""
+def _factor_gradients(gz: Tensor, x: Affine, channels: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of x's y, a and b and of channels for that of z = x * channels; b is needed with channels only."""
+    u = _up(x.y)
     by_a, by_b = _plane_sum(gz * u), _plane_sum(gz)
-    if channels is None or b is None:
+    a = x.a
+    assert a is not None
+    if channels is None or x.b is None:
         return gz * a, by_a.sum(0, keepdim=True), by_b.sum(0, keepdim=True), None
-    gchannels = _sum_to(by_a * a + by_b * b, channels).to(channels.dtype)
+    gchannels = _sum_to(by_a * a + by_b * x.b, channels).to(channels.dtype)
     ga, gb = (by_a * channels).sum(0, keepdim=True), (by_b * channels).sum(0, keepdim=True)
     return gz * (a * channels), ga, gb, gchannels
 
 
-def _shortcut_gradients(
-    g: Tensor,
-    dtype: torch.dtype,
-    shortcut: Tensor | None,
-    a1: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of shortcut, a1 and b1 for that of shortcut * a1 + b1."""
-    if a1 is None or shortcut is None:
+def _shortcut_gradients(g: Tensor, dtype: torch.dtype, shortcut: Affine) -> tuple[Tensor | None, ...]:
+    """Gradients of the shortcut's y, a and b for that of the shortcut."""
+    if shortcut.a is None:
         return g.to(dtype), None, None
-    gshortcut, ga1, gb1, _ = _factor_gradients(g, _up(shortcut), a1, None, None)
-    return gshortcut.to(dtype), ga1, gb1
+    gshortcut, ga, gb, _ = _factor_gradients(g, shortcut, None)
+    return gshortcut.to(dtype), ga, gb
 
 
 @kernel
-def masked_by(g: Tensor, out: Tensor, shortcut: Tensor | None, a1: Tensor | None) -> tuple[Tensor | None, ...]:
-    """g where out is positive, and the gradients of shortcut, a1 and b1 in ReLU(x + shortcut * a1 + b1)."""
-    u = torch.where(out > 0, _up(g), 0)
-    return u.to(g.dtype), *_shortcut_gradients(u, g.dtype, shortcut, a1)
+def sum_backward(g: Tensor, out: Tensor, shortcut: Affine) -> tuple[Tensor | None, ...]:
+    """Gradients of x and of the shortcut's y, a and b for that of out = ReLU(x + shortcut)."""
+    u = _through_relu(g, out)
+    return u.to(g.dtype), *_shortcut_gradients(u, g.dtype, shortcut)
 
 
 @kernel
-def affine(y: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor]:
-    """x."""
-    return (_affine(y, a, b).to(y.dtype),)
+def affine(x: Affine) -> tuple[Tensor]:
+    """x, made."""
+    return (_made(x).to(x.y.dtype),)
 
 
 @overwriting
-def affine_backward(g: Tensor, y: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of a and b for that of x; g becomes that of y."""
-    gy, ga, gb, _ = _factor_gradients(_up(g), _up(y), a, None, None)
+def affine_backward(g: Tensor, y: Tensor, a: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of a and b for that of y * a + b; g becomes that of y."""
+    gy, ga, gb, _ = _factor_gradients(_up(g), Affine(y, a), None)
     g.copy_(gy)
     return ga, gb
 
@@ -416,50 +391,35 @@ def _sum_to(x: Tensor, like: Tensor) -> Tensor:
 
 
 @kernel
-def pool(
-    y: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    channels: Tensor | None,
-    dims: tuple[int, ...],
-) -> tuple[Tensor, ...]:
+def pool(x: Affine, channels: Tensor | None, dims: tuple[int, ...]) -> tuple[Tensor, ...]:
     """For each dimension, the maximum of z = x * channels along it, and that with the mean behind it in y's type."""
-    z = _gated(_affine(y, a, b), channels)
-    found: list[Tensor] = []
+    z = _gated(_made(x), channels)
+    pooled: list[Tensor] = []
     for d in dims:
         peak = z.amax(d, keepdim=True)
-        found += [peak, torch.cat([peak, z.mean(d, keepdim=True)], dim=d).to(y.dtype)]
-    return tuple(found)
+        pooled += [peak, torch.cat([peak, z.mean(d, keepdim=True)], dim=d).to(x.y.dtype)]
+    return tuple(pooled)
 
 
 @overwriting
-def pool_backward(
-    g: Tensor,
-    y: Tensor,
-    a: Tensor,
-    b: Tensor,
-    channels: Tensor | None,
-    *pools: Tensor,
-) -> tuple[Tensor | None, ...]:
+def pool_backward(g: Tensor, x: Affine, channels: Tensor | None, *pools: Tensor) -> tuple[Tensor | None, ...]:
     """Turns the gradient of z = x * channels into that of y, with what comes through `pool`.
 
     Args:
         g: Gradient of z, which that of y takes the place of.
-        y: The map.
-        a: (1, C, 1, 1)
-        b: (1, C, 1, 1)
+        x: The map.
         channels: (N, C, 1, 1) or None.
         *pools: For each dimension the maximum, and what each place of the maximum and what every place gets.
 
     Returns:
         Gradients of a, b and channels.
     """
-    u = _up(y)
-    z = _gated(u * a + b, channels)
+    z = _gated(_made(x), channels)
     gz = _up(g)
     for peak, share, rest in zip(pools[::3], pools[1::3], pools[2::3], strict=True):
-        gz = gz + torch.where(z == peak, share, 0) + rest
-    gy, *gfactors = _factor_gradients(gz, u, a, b, channels)
+        # No torch.where: with a NaN for a maximum, all places get NaN, as in torch.
+        gz = gz + (z == peak).to(z.dtype) * share + rest
+    gy, *gfactors = _factor_gradients(gz, x, channels)
     g.copy_(gy)
     return tuple(gfactors)
 
@@ -468,20 +428,15 @@ def pool_backward(
 
 
 @kernel
-def raise_by(x: Tensor, channels: Tensor, pixels: Tensor, add: bool, gain: float) -> tuple[Tensor]:
+def bam_gate(x: Tensor, channels: Tensor, pixels: Tensor, add: bool, gain: float) -> tuple[Tensor]:
     """x * (1 + s(m)) * gain, where m is the product or the sum of (N, C, 1, 1) and (N, 1, H, W)."""
     m = _up(channels) + _up(pixels) if add else _up(channels) * _up(pixels)
     return ((_up(x) * ((1 + m.sigmoid()) * gain)).to(x.dtype),)
 
 
 @kernel
-def raise_by_backward(
-    g: Tensor,
-    x: Tensor,
-    channels: Tensor,
-    pixels: Tensor,
-    add: bool,
-    gain: float,
+def bam_gate_backward(
+    g: Tensor, x: Tensor, channels: Tensor, pixels: Tensor, add: bool, gain: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, channels and pixels."""
     c, p = _up(channels), _up(pixels)

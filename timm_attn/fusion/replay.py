@@ -1,4 +1,8 @@
-"""Attention that leaves no trace: its forward pass is run again, with a graph, in the backward pass."""
+"""Attention that leaves no trace: its forward pass is run again, with a graph, in the backward pass.
+
+Only for a module whose forward pass depends on its input, parameters, buffers and modes alone, and changes nothing but
+running statistics: its class says so (`recomputable`).
+"""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -6,12 +10,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from ..layers import SelectiveKernel
 from . import kernels
-from .functions import conv_params, convolve, convolve_backward, factors
+from .functions import conv_params, convolve, convolve_backward, factors, first_order
+from .kernels import Affine, Norm
 
 
 class _Replay:
@@ -55,7 +59,7 @@ class _Replay:
         with self._precision():
             return self.module(*x)
 
-    def again(self, x: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+    def recompute(self, x: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
         """The output once more, with a graph.
 
         Args:
@@ -69,64 +73,61 @@ class _Replay:
         return self.y
 
     def backward(self, g: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Gradients of the inputs and of each parameter; `again` is forgotten.
+        """Gradients of the inputs and of each parameter; what `recompute` made is forgotten.
 
         Args:
             g: Gradient of the output.
         """
-        wanted = [leaf for leaf in self.leaves if leaf.requires_grad]
-        grads = torch.autograd.grad(self.y, [*self.x, *wanted], g.to(self.y.dtype), materialize_grads=True)
-        rest = iter(grads[len(self.x) :])
-        found = list(grads[: len(self.x)]), [next(rest) if leaf.requires_grad else None for leaf in self.leaves]
+        wanted = [t for t in (*self.x, *self.leaves) if t.requires_grad]
+        grads: Any = (None,) * len(wanted)
+        if self.y.requires_grad:
+            # None for what the output does not depend on, as in torch.
+            grads = torch.autograd.grad(self.y, wanted, g.to(self.y.dtype), allow_unused=True)
+        rest = iter(grads)
+        gx = [torch.zeros_like(t) if grad is None else grad for t, grad in zip(self.x, rest, strict=False)]
+        # The caller overwrites them: what hands g on, and what is expanded, is copied.
+        held = g.untyped_storage().data_ptr()
+        gx = [
+            t.clone() if t.untyped_storage().data_ptr() == held or torch._debug_has_internal_overlap(t) else t
+            for t in gx
+        ]
+        gparams = [next(rest) if leaf.requires_grad else None for leaf in self.leaves]
         del self.x, self.leaves, self.y
-        return found
+        return gx, gparams
 
 
 class _AttendedSum(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        compiled: bool,
-        attn: nn.Module,
-        y: Tensor,
-        a: Tensor,
-        b: Tensor,
-        shortcut: Tensor,
-        a1: Tensor | None,
-        b1: Tensor | None,
-        keep: Tensor | None,
-        *params: Tensor,
-    ) -> Tensor:
-        ctx.replay = _Replay(attn, y.device.type)
-        out = ctx.replay.forward(*kernels.affine(compiled, y, a, b))
-        (out,) = kernels.gated_sum_(compiled, out, None, None, keep, shortcut, a1, b1, False)
-        ctx.save_for_backward(out, y, a, b, None if a1 is None else shortcut, a1, keep, *params)
+    def forward(ctx: Any, compiled: bool, attn: nn.Module, keep: Tensor | None, *given: Any) -> Tensor:
+        x, shortcut, params = Affine(*given[:3]), Affine(*given[3:6]), given[6:]
+        ctx.replay = _Replay(attn, x.y.device.type)
+        out = ctx.replay.forward(*kernels.affine(compiled, x))
+        (out,) = kernels.gated_sum_(compiled, Affine(out), keep, shortcut)
+        ctx.save_for_backward(out, *x, None if shortcut.a is None else shortcut.y, shortcut.a, keep, *params)
         ctx.compiled = compiled
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-        out, y, a, b, shortcut, a1, keep, *params = ctx.saved_tensors
-        g, *gshortcut = kernels.masked_by(ctx.compiled, g, out, shortcut, a1)
-        ctx.replay.again(kernels.affine(ctx.compiled, y, a, b), params)
+    @first_order
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        out, y, a, b, s, a1, keep, *params = ctx.saved_tensors
+        g, *gshortcut = kernels.sum_backward(ctx.compiled, grads[0], out, Affine(s, a1))
+        ctx.replay.recompute(kernels.affine(ctx.compiled, Affine(y, a, b)), params)
         (gx,), gparams = ctx.replay.backward(g if keep is None else g * keep)
-        return None, None, *kernels.affine_backward(ctx.compiled, gx, y, a), *gshortcut, None, *gparams
+        return None, None, None, *kernels.affine_backward(ctx.compiled, gx, y, a), *gshortcut, *gparams
 
 
-def attended_sum(
-    compiled: bool,
-    attn: nn.Module,
-    y: Tensor,
-    a: Tensor,
-    b: Tensor,
-    shortcut: Tensor,
-    a1: Tensor | None,
-    b1: Tensor | None,
-    keep: Tensor | None,
-) -> Tensor:
-    """ReLU(attn(y * a + b) * keep + shortcut * a1 + b1), keeping y and the output."""
-    return cast(Tensor, _AttendedSum.apply(compiled, attn, y, a, b, shortcut, a1, b1, keep, *attn.parameters()))
+def attended_sum(compiled: bool, attn: nn.Module, keep: Tensor | None, x: Affine, shortcut: Affine) -> Tensor:
+    """ReLU(attn(x) * keep + shortcut), keeping x's y and the output.
+
+    Args:
+        compiled: Call kernels compiled.
+        attn: The attention.
+        keep: Drop-path's mask (N, 1, 1, 1), or None.
+        x: A map (N, C, H, W).
+        shortcut: A map (N, C, H, W).
+    """
+    return cast(Tensor, _AttendedSum.apply(compiled, attn, keep, *x, *shortcut, *attn.parameters()))
 
 
 # ---- Selective kernels ----------------------------------------------------------------------------------------------
@@ -148,63 +149,39 @@ class _Mix(nn.Module):
 
 class _SelectConv(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        compiled: bool,
-        sk: SelectiveKernel,
-        after: nn.Conv2d,
-        y0: Tensor,
-        weight0: Tensor,
-        bias0: Tensor,
-        y1: Tensor,
-        weight1: Tensor,
-        bias1: Tensor,
-        conv_weight: Tensor,
-        conv_bias: Tensor | None,
-        *params: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, compiled: bool, sk: SelectiveKernel, after: nn.Conv2d, *given: Any) -> Tensor:
+        (*branches, conv_weight, conv_bias), params = given[:8], given[8:]
         saved: list[Tensor] = []
-        branches: list[Tensor] = []
-        for bn, y, weight, bias in ((sk.bn1, y0, weight0, bias0), (sk.bn2, y1, weight1, bias1)):
-            a, b, center, spread, *_ = factors(compiled, bn, y, weight, bias)
-            branches += kernels.affine_relu(compiled, y, a, b)
-            saved += [y, weight, a, b, center, spread]
-        ctx.replay = _Replay(_Mix(sk), y0.device.type)
+        ctx.constants = []
+        made: list[Tensor] = []
+        for bn, (y, weight, bias) in ((sk.bn1, branches[:3]), (sk.bn2, branches[3:])):
+            (_, *constants, a, center, spread), b, *_ = factors(compiled, bn, y, weight, bias)
+            made += kernels.affine_relu(compiled, Affine(y, a, b))
+            saved += [y, b, weight, a, center, spread]
+            ctx.constants.append(constants)
+        ctx.replay = _Replay(_Mix(sk), made[0].device.type)
         ctx.save_for_backward(*saved, conv_weight, conv_bias, *params)
         ctx.compiled, ctx.conv = compiled, after
-        ctx.norms = (sk.bn1.training, sk.bn1.eps), (sk.bn2.training, sk.bn2.eps)
-        return convolve(ctx.replay.forward(*branches), after, conv_weight, conv_bias)
+        return convolve(ctx.replay.forward(*made), after, conv_weight, conv_bias)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    @first_order
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         saved, (conv_weight, conv_bias, *params) = ctx.saved_tensors[:12], ctx.saved_tensors[12:]
-        halves = saved[:6], saved[6:]
-        branches = [kernels.affine_relu(ctx.compiled, y, a, b)[0] for y, _, a, b, *_ in halves]
-        mix = ctx.replay.again(branches, params).detach()
-        gm, *gconv = convolve_backward(g, mix, ctx.conv, conv_weight, conv_bias, (True, *ctx.needs_input_grad[9:11]))
-        gbranches, gparams = ctx.replay.backward(cast(Tensor, gm))
+        branches = saved[:6], saved[6:]
+        made = [kernels.affine_relu(ctx.compiled, Affine(y, a, b))[0] for y, b, _, a, *_ in branches]
+        mix = ctx.replay.recompute(made, params).detach()
+        wanted = (True, *ctx.needs_input_grad[9:11])
+        gmix, *gconv = convolve_backward(grads[0], mix, ctx.conv, conv_weight, conv_bias, wanted)
+        gmade, gparams = ctx.replay.backward(cast(Tensor, gmix))
         gnorms: list[Tensor] = []
-        for g, (y, weight, a, b, center, spread), (training, eps) in zip(gbranches, halves, ctx.norms, strict=True):
-            gnorms += kernels.norm_relu_backward(ctx.compiled, g, y, weight, eps, training, a, b, center, spread)
+        for g, (y, b, weight, *rest), constants in zip(gmade, branches, ctx.constants, strict=True):
+            gnorms += kernels.norm_relu_backward(ctx.compiled, g, y, b, Norm(weight, *constants, *rest))
         return None, None, None, *gnorms, *gconv, *gparams
 
 
 def select_conv(compiled: bool, sk: SelectiveKernel, after: nn.Conv2d, y0: Tensor, y1: Tensor) -> Tensor:
     """A convolution of a selective kernel's mix of ReLU(BN(y)) of both branches, keeping the two y."""
-    return cast(
-        Tensor,
-        _SelectConv.apply(
-            compiled,
-            sk,
-            after,
-            y0,
-            sk.bn1.weight,
-            sk.bn1.bias,
-            y1,
-            sk.bn2.weight,
-            sk.bn2.bias,
-            *conv_params(y0, after),
-            *_Mix(sk).parameters(),
-        ),
-    )
+    norms = y0, sk.bn1.weight, sk.bn1.bias, y1, sk.bn2.weight, sk.bn2.bias
+    params = *conv_params(y0, after), *_Mix(sk).parameters()
+    return cast(Tensor, _SelectConv.apply(compiled, sk, after, *norms, *params))

@@ -2,6 +2,7 @@
 
 from ._base import Attention as Attention
 from ._base import Gate as Gate
+from ._base import GateForm as GateForm
 from ._base import attn_sites as attn_sites
 from ._base import gain_keys as gain_keys
 from ._base import no_weight_decay as no_weight_decay

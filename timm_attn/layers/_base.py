@@ -47,6 +47,26 @@ def read_gain(value: object, key: str = 'gain') -> float:
     raise ValueError(f"'{key}' (={shown}) must be a finite positive number in a floating-point tensor without axes.")
 
 
+@dataclass(frozen=True)
+class GateForm:
+    """What the gates of an attention follow from, for fused blocks, which need not make the map x that it gates.
+
+    The attention is x * c * p * gain: a gate of channels c, and p, the mean of gates over planes of z = x * c. Its
+    class says so by `statistics`, or by a method `gate_form()` that returns this. Only the class itself: a subclass
+    may compute something else.
+
+    Attributes:
+        statistics: What the method `gate_of` takes of each plane of x, (N, C) each, to give c (N, C, 1, 1): 'mean',
+            'var' (unbiased, 0 for one pixel), 'peak' (the maximum). Empty for no c.
+        dims: Dimensions along which z is pooled to its maximum and, behind it, its mean. The method `gates_of_pools`
+            takes the list of results, each of z's shape but for a 2 in place of that size, and gives a gate for each,
+            with a 1 in that place. Empty for no p.
+    """
+
+    statistics: tuple[str, ...] = ()
+    dims: tuple[int, ...] = ()
+
+
 class Attention(nn.Module):
     """Base of every attention.
 
@@ -63,8 +83,10 @@ class Attention(nn.Module):
         no_warm_start: Why a plain network's weights cannot start a registered model; empty where they can.
         no_weight_decay: Parameters that the released code trains without weight decay and that timm, which exempts
             all 1-D parameters, would decay.
-        statistics: What the method `gate_of` takes of each plane, (N, C) each: 'mean', 'var' (unbiased, 0 for one
-            pixel), 'peak' (the maximum). With it, fused blocks need not read the map for the gate of channels.
+        statistics: Those of `GateForm`, of an attention that is x * gate_of(*statistics) * gain.
+        recomputable: The output depends on input, parameters, buffers and modes alone, and a pass changes nothing but
+            running statistics of BatchNorms. So a fused block may run it again in the backward pass, and keep nothing
+            of it. Of the class that declares it, not of its subclasses.
     """
 
     kinds: ClassVar[Mapping[str, Gate]] = {}
@@ -73,6 +95,7 @@ class Attention(nn.Module):
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
     statistics: tuple[str, ...] = ()
     gain: float
+    recomputable: ClassVar[bool] = False
 
     def __init__(self, neutral_gate: float | None) -> None:
         super().__init__()

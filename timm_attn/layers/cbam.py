@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ._base import Attention, Gate, check_choice, check_odd, kernel_size_of, rd_ratio_of, reduced_channels
+from ._base import Attention, Gate, GateForm, check_choice, check_odd, kernel_size_of, rd_ratio_of, reduced_channels
 from ._registry import register_attn
 
 ORDERS = ('channel-spatial', 'spatial-channel', 'parallel')
@@ -52,8 +52,8 @@ class CBAM(Attention):
     """
 
     kinds: ClassVar[Mapping[str, Gate]] = {'spatial': Gate('HW', 'spatial'), 'channel': Gate('C', 'channel')}
+    recomputable = True
     __constants__ = ('channel', 'order', 'spatial')
-    statistics = ('mean', 'peak')
 
     def __init__(
         self,
@@ -76,8 +76,6 @@ class CBAM(Attention):
             raise ValueError(f'order (={order!r}) is that of two gates, but spatial={spatial} and channel={channel}.')
         super().__init__(neutral_gate=0.5 ** (channel + spatial))
         self.channel, self.spatial, self.order = channel, spatial, order
-        if order != ORDERS[0]:
-            self.statistics = ()  # the plain product that they would stand for is another function
         if channel:
             hidden = reduced_channels(channels, rd_ratio)
             self.fc1 = nn.Linear(channels, hidden, bias=mlp_bias, **dd)
@@ -111,6 +109,14 @@ class CBAM(Attention):
 
     def gate_of_pixels(self, pooled: Tensor) -> Tensor:  # (N, 2, H, W)
         return self.bn(self.conv(pooled)).sigmoid()  # (N, 1, H, W)
+
+    def gate_form(self) -> GateForm | None:
+        if self.order != ORDERS[0]:
+            return None
+        return GateForm(('mean', 'peak') if self.channel else (), (1,) if self.spatial else ())
+
+    def gates_of_pools(self, pools: list[Tensor]) -> list[Tensor]:
+        return [self.gate_of_pixels(pools[0])]
 
     def spatial_gate(self, x: Tensor) -> Tensor:
         pooled = torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], dim=1)  # (N, 2, H, W)

@@ -46,6 +46,7 @@ class CoordAttention(Attention):
         'hc': Gate('HC', 'rows x channels'),
         'cw': Gate('CW', 'channels x columns'),
     }
+    recomputable = True
 
     def __init__(
         self,

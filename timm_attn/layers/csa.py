@@ -43,6 +43,7 @@ class ChannelSelfAttention(Attention):
     """
 
     kinds: ClassVar[Mapping[str, Gate]] = {'matrix': Gate('KCC', 'channel to channel', multiplies=False)}
+    recomputable = True
     keywords = ('self-attention',)
     no_weight_decay = ('temperature',)
 

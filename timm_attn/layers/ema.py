@@ -44,6 +44,7 @@ class EMA(Attention):
     """
 
     kinds: ClassVar[Mapping[str, Gate]] = {'spatial': Gate('CHW', 'spatial, by group')}
+    recomputable = True
     __constants__ = ('groups',)
 
     def __init__(

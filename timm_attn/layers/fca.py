@@ -81,6 +81,7 @@ class FCA(Attention):
     """
 
     kinds: ClassVar[Mapping[str, Gate]] = {'channel': Gate('C', 'channel')}
+    recomputable = True
     __constants__ = ('dct_size',)
 
     def __init__(

@@ -60,6 +60,7 @@ class GAM(Attention):
     """
 
     kinds: ClassVar[Mapping[str, Gate]] = {'spatial': Gate('CHW', 'spatial'), 'channel': Gate('CHW', 'channel')}
+    recomputable = True
     __constants__ = ('channel', 'channel_gate', 'groups', 'max_pool', 'shuffle', 'spatial')
 
     def __init__(

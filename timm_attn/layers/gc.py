@@ -82,6 +82,7 @@ class GlobalContext(Attention):
         'channel': Gate('C', 'channel'),
         'context': Gate('C', 'what is added', multiplies=False),
     }
+    recomputable = True
     __constants__ = ('add', 'attn_pool', 'mul')
 
     def __init__(

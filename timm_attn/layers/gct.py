@@ -45,6 +45,7 @@ class GCT(Attention):
     """
 
     kinds: ClassVar[Mapping[str, Gate]] = {'channel': Gate('C', 'channel')}
+    recomputable = True
     no_weight_decay = ('beta',)
     __constants__ = ('l1',)
 

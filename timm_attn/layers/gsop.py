@@ -47,6 +47,7 @@ class GSoP(Attention):
         'channel': Gate('C', 'channel'),
         'covariance': Gate('DD', 'covariance', multiplies=False),
     }
+    recomputable = True
     no_warm_start = (
         'GSoP has no warm start: its last stage has stride 1, so its features are not those of a plain ResNet.'
     )

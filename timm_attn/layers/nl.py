@@ -46,6 +46,7 @@ class NonLocal(Attention):
     """
 
     kinds: ClassVar[Mapping[str, Gate]] = {'spatial': Gate('HW', 'attention received', multiplies=False)}
+    recomputable = True
     keywords = ('self-attention',)
 
     def __init__(

@@ -98,6 +98,7 @@ class SCSA(Attention):
         'cw': Gate('CW', 'channels x columns'),
         'matrix': Gate('KCC', 'channel to channel', multiplies=False),
     }
+    recomputable = True
     keywords = ('self-attention',)
     __constants__ = ('num_heads', 'window_size')
 

@@ -44,6 +44,7 @@ class SCSE(Attention):
     """
 
     kinds: ClassVar[Mapping[str, Gate]] = {'spatial': Gate('HW', 'spatial'), 'channel': Gate('C', 'channel')}
+    recomputable = True
     __constants__ = ('add',)
 
     def __init__(

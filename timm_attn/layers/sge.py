@@ -45,6 +45,7 @@ class SGE(Attention):
     """
 
     kinds: ClassVar[Mapping[str, Gate]] = {'spatial': Gate('CHW', 'spatial, by group')}
+    recomputable = True
     __constants__ = ('groups',)
 
     def __init__(

@@ -43,6 +43,7 @@ class SimAM(Attention):
     """
 
     kinds: ClassVar[Mapping[str, Gate]] = {'gate': Gate('CHW', 'gate')}
+    recomputable = True
     keywords = ('parameter-free',)
     no_warm_start = 'SimAM has no warm start: it has no weights, so no state in which it changes nothing.'
     __constants__ = ('e_lambda',)

@@ -53,6 +53,7 @@ class SelectiveKernel(Attention):
     """
 
     kinds: ClassVar[Mapping[str, Gate]] = {'branch': Gate('BC', 'branches', entries=('3x3', 'wide'))}
+    recomputable = True
     no_warm_start = (
         'SK has no warm start: it replaces each 3x3 convolution by two others, whose mixture a plain ResNet does not '
         'contain.'

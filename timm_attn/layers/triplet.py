@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ._base import Attention, Gate, check_odd, kernel_size_of
+from ._base import Attention, Gate, GateForm, check_odd, kernel_size_of
 from ._registry import register_attn
 
 
@@ -80,6 +80,7 @@ class TripletAttention(Attention):
         'hc': Gate('HC', 'rows x channels'),
         'cw': Gate('CW', 'channels x columns'),
     }
+    recomputable = True
     __constants__ = ('spatial',)
 
     def __init__(
@@ -115,6 +116,13 @@ class TripletAttention(Attention):
         if self.spatial:
             planes.append(torch.stack([x.amax(1), x.mean(1)], dim=1))  # (N, 2, H, W)
         return planes
+
+    def gate_form(self) -> GateForm:
+        return GateForm(dims=(2, 3, 1) if self.spatial else (2, 3))
+
+    def gates_of_pools(self, pools: list[Tensor]) -> list[Tensor]:
+        # (N, C, 2, W) and (N, C, H, 2), as the planes (N, 2, C, W) and (N, 2, H, C)
+        return self.gates_of([pools[0].transpose(1, 2), pools[1].transpose(1, 3), *pools[2:]])
 
     def gates_of(self, pooled: list[Tensor]) -> list[Tensor]:
         gates = [

@@ -1,0 +1,482 @@
+"""Whatever a fused block does not know to be the same takes the ordinary way. The model itself stands beside it."""
+
+import copy
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models.resnet import BasicBlock
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+
+from timm_attn.fusion import blocks, fuse
+from timm_attn.layers import Attention
+
+from .support import SMALL, check_equal, images, step
+from .support import build as build_wide
+
+
+def build(name: str, **kwargs: Any) -> nn.Module:
+    return build_wide(name, channels=(64, 96, 128, 160), **kwargs)
+
+
+class Own(Attention):
+    """An attention of somebody's own, with no facts about itself."""
+
+    def __init__(self, channels: int = 64) -> None:
+        super().__init__(neutral_gate=0.5)
+        self.fc = nn.Linear(channels, channels)
+
+    def gate(self, x: Tensor) -> Tensor:
+        return self.fc(x.mean((2, 3))).sigmoid()[:, :, None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x)
+
+
+class Dropout(Own):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * F.dropout(self.gate(x), 0.5, self.training)
+
+
+class ItsInput(Own):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class ItsInputAgain(ItsInput):
+    recomputable = True
+
+
+class Sum(Own):
+    """Its gradient is expanded: one number for a plane."""
+
+    recomputable = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum((2, 3), keepdim=True).expand_as(x) / 100
+
+
+class Counter(Own):
+    def __init__(self, channels: int = 64) -> None:
+        super().__init__(channels)
+        self.register_buffer('calls', torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        cast(Tensor, self.calls).add_(1)
+        return super().forward(x) * cast(Tensor, self.calls)
+
+
+class Average(Own):
+    """Takes the buffer's old value, and puts a new tensor in its place."""
+
+    def __init__(self, channels: int = 64) -> None:
+        super().__init__(channels)
+        self.register_buffer('average', torch.ones(1, channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x) * self.average
+        self.average = 0.9 * self.average + 0.1 * x.detach().mean((0, 2, 3), keepdim=True)
+        return out
+
+
+class Number(Own):
+    """Counts in a plain attribute."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) / self.calls
+
+
+class StatisticsAlone(Attention):
+    """No parameters."""
+
+    statistics = ('mean',)
+
+    def __init__(self, channels: int = 64) -> None:
+        super().__init__(neutral_gate=0.5)
+
+    def gate_of(self, mean: Tensor) -> Tensor:
+        return mean.sigmoid()[:, :, None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.gate_of(x.mean((2, 3))) * self.gain)
+
+
+class OnlyMaximum(StatisticsAlone):
+    statistics = ('peak',)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.gate_of(x.amax((2, 3))) * self.gain)
+
+
+class StatisticsOfAnInstance(Own):
+    def __init__(self, channels: int = 64) -> None:
+        super().__init__(channels)
+        self.statistics = ('var',)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def gate_of(self, var: Tensor) -> Tensor:
+        raise AssertionError('nobody said that this is the attention')
+
+
+class StatisticsNobodyKnows(Own):
+    statistics = ('median',)
+
+    def gate_of(self, median: Tensor) -> Tensor:
+        raise AssertionError('a block knows no median')
+
+
+class UnusedParameter(Own):
+    recomputable = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.mean((2, 3), keepdim=True).sigmoid()
+
+
+class DropoutInside(Own):
+    """It says that it can be run again, but a part of it has been replaced by one that cannot."""
+
+    recomputable = True
+
+    def __init__(self, channels: int = 64) -> None:
+        super().__init__(channels)
+        self.fc = nn.Sequential(self.fc, nn.Dropout(0.5))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Planes(Own):
+    """A convolution from 2 channels to 1 of any kind."""
+
+    def __init__(self, size: int | tuple[int, int], **kwargs: Any) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, size, bias=False, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.conv(torch.stack([x.amax(1), x.mean(1)], 1)).mean((2, 3), keepdim=True).sigmoid()
+
+
+OWN = (
+    Own, Dropout, ItsInput, ItsInputAgain, Sum, Counter, Average, Number, StatisticsAlone, OnlyMaximum,
+    StatisticsOfAnInstance, StatisticsNobodyKnows, UnusedParameter, DropoutInside,
+)  # fmt: skip
+
+
+def with_attention(attn: nn.Module) -> nn.Module:
+    """An alive ResNet with the attention in a block whose shortcut is its input."""
+    model = build('resnet18', layers=(2, 1, 1, 1))
+    cast(Any, model.get_submodule('layer1.1')).se = attn.double()
+    return model
+
+
+def pair(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """A fused copy, and the model."""
+    return fuse(copy.deepcopy(model), compile=False), model
+
+
+def check_steps(fused: nn.Module, eager: nn.Module, x: Tensor | None = None) -> None:
+    """Two training steps and one in eval mode, with the same random numbers."""
+    x = images() if x is None else x
+    for training in (True, True, False):
+        results = []
+        for model in (fused, eager):
+            torch.manual_seed(5)
+            results.append(step(model.train(training), x))
+        check_equal(*results, 1e-10)
+
+
+@pytest.mark.parametrize('cls', OWN)
+def test_attention_of_ones_own_is_what_it_is_unfused(cls: type[Attention]) -> None:
+    torch.manual_seed(0)
+    check_steps(*pair(with_attention(cast(Any, cls)())))
+
+
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        {'size': 3, 'padding': 1, 'stride': 2},
+        {'size': 3, 'padding': 2, 'dilation': 2},
+        {'size': 7, 'padding': 0},
+        {'size': (7, 1), 'padding': (3, 0)},
+        {'size': 4, 'padding': 2},
+        {'size': 3, 'padding': 'same'},
+        {'size': 3, 'padding': 1, 'padding_mode': 'reflect'},
+        {'size': 3, 'padding': 1, 'padding_mode': 'circular'},
+        {'size': 3, 'padding': 1},
+    ],
+    ids=str,
+)
+def test_convolutions_from_two_channels_to_one_are_torchs(kwargs: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 32, 256, dtype=torch.float64)
+    check_steps(*pair(with_attention(Planes(**kwargs))), x)
+
+
+def test_a_gate_convolution_that_is_changed_afterwards_is_torchs() -> None:
+    fused, eager = pair(build('cbam_resnet18'))
+    for model in (fused, eager):
+        conv = cast(Any, model.get_submodule('layer1.0')).se.conv
+        conv.padding_mode, conv.dilation, conv.padding = 'zeros', (2, 2), (6, 6)
+    check_steps(fused, eager)
+
+
+@pytest.mark.parametrize('name', ['se_resnet18', 'cbam_resnet18', 'sk_resnet50'])
+@pytest.mark.parametrize('act', ['act1', 'act2', 'act3'])
+@pytest.mark.parametrize('new', [nn.Identity, nn.LeakyReLU, nn.ReLU6])
+def test_other_activations_are_computed_as_they_are(name: str, act: str, new: type[nn.Module]) -> None:
+    eager = build(name)
+    block = cast(Any, eager.get_submodule('layer4.0'))
+    if not hasattr(block, act):
+        pytest.skip('no such activation')
+    setattr(block, act, new())
+    check_steps(*pair(eager))
+
+
+def test_another_norm_in_a_selective_kernel_block_is_computed_as_it_is() -> None:
+    eager = build('sk_resnet50')
+    cast(Any, eager.get_submodule('layer1.0')).bn2 = nn.BatchNorm2d(64).double()
+    check_steps(*pair(eager))
+
+
+def test_activation_given_at_construction() -> None:
+    check_steps(*pair(build('se_resnet18', act_layer=nn.Identity)))
+
+
+@pytest.mark.parametrize('name', [*SMALL])
+def test_replicas_of_data_parallel_have_gradients(name: str) -> None:
+    def replica(model: nn.Module, leaves: dict[str, Tensor]) -> nn.Module:
+        # As torch.nn.parallel.replicate makes them: copies are plain attributes, and not parameters.
+        copies = {m: cast(Any, m)._replicate_for_data_parallel() for m in model.modules()}
+        for m, twin in copies.items():
+            for child_name, child in m._modules.items():
+                twin._modules[child_name] = None if child is None else copies[child]
+            for key, buffer in m._buffers.items():
+                twin._buffers[key] = None if buffer is None else buffer.clone()
+        for key in leaves:
+            path, _, attribute = key.rpartition('.')
+            setattr(copies[model.get_submodule(path)], attribute, leaves[key] * 1)
+        for m in model.modules():
+            copies[m]._parameters.update({key: None for key, p in m._parameters.items() if p is None})
+        return copies[model]
+
+    eager = build(name).train()
+    leaves = {n: p.detach().clone().requires_grad_() for n, p in eager.named_parameters()}
+    replica(fuse(copy.deepcopy(eager), compile=False), leaves)(images()).square().sum().backward()
+    want = step(eager, images())
+    ours = {f'grad {n}': p.grad for n, p in leaves.items() if p.grad is not None}
+    check_equal(ours, {k: v for k, v in want.items() if k.startswith('grad ') and k != 'grad x'}, 1e-10)
+
+
+@pytest.mark.parametrize('name', [*SMALL])
+def test_batched_gradients_are_those_of_the_eager_model(name: str) -> None:
+    x = images(n=2).requires_grad_()
+    fused, eager = pair(build(name).eval())
+
+    def grad(model: nn.Module, y: Tensor, g: Tensor, **kwargs: Any) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, [x, *model.parameters()], g, retain_graph=True, **kwargs)
+
+    y, want = fused(x), eager(x)
+    basis = torch.eye(y.numel(), dtype=y.dtype).reshape(-1, *y.shape)[:3]
+    ones = [grad(eager, want, g) for g in basis]
+    for ours in (grad(fused, y, basis, is_grads_batched=True), torch.vmap(lambda g: grad(fused, y, g))(basis)):
+        for batch, each in zip(ours, zip(*ones, strict=True), strict=True):
+            torch.testing.assert_close(batch, torch.stack(each), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('name', [*SMALL])
+def test_fused_models_are_scripted_in_the_ordinary_way(name: str) -> None:
+    fused, eager = pair(build(name).eval())
+    x = images()
+    torch.testing.assert_close(torch.jit.script(fused)(x), eager(x), rtol=0, atol=1e-10)
+    assert any(type(m) in blocks._FUSED.values() for m in fused.modules())
+
+
+@pytest.mark.parametrize('name', [*SMALL])
+def test_forward_mode_derivatives_are_those_of_the_eager_model(name: str) -> None:
+    x, t = images(n=2), torch.randn(images(n=2).shape, dtype=torch.float64)
+    tangents = []
+    for model in pair(build(name).eval()):
+        with forward_ad.dual_level():
+            tangents.append(forward_ad.unpack_dual(model(forward_ad.make_dual(x, t))).tangent)
+    torch.testing.assert_close(*tangents, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('name', [*SMALL])
+@pytest.mark.parametrize('training', [True, False])
+def test_second_derivatives_are_refused_whatever_the_loss(name: str, training: bool) -> None:
+    model = fuse(build(name), compile=False).train(training)
+    for wanted in ('x', 'conv1.weight'):
+        x = images().requires_grad_()
+        at = x if wanted == 'x' else model.get_parameter(wanted)
+        for p in model.get_submodule('fc').parameters():
+            p.requires_grad_(False)  # no gradient that comes into a block depends on anything
+        (g,) = torch.autograd.grad(model(x).sum(), at, create_graph=True)
+        with pytest.raises(RuntimeError, match='fused blocks have no second derivatives'):
+            g.square().sum().backward()
+
+
+def test_a_block_that_takes_the_ordinary_way_has_second_derivatives() -> None:
+    results = []
+    for model in pair(build('triplet_resnet18').eval()):
+        for m in model.modules():
+            if isinstance(m, nn.ReLU):
+                m.register_forward_hook(lambda *_: None)
+        x = images().requires_grad_()
+        (g,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(g.square().sum(), x)[0])
+    assert results[1].abs().max() > 0
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('name', [*SMALL])
+@pytest.mark.parametrize('where', ['pixel', 'weight'])
+@pytest.mark.parametrize('training', [True, False])
+def test_nan_is_where_it_is_in_the_eager_model(name: str, where: str, training: bool) -> None:
+    fused, eager = pair(build(name).train(training))
+    x = images()
+    if where == 'pixel':
+        x[1, 0, 20, 20] = torch.nan
+    else:
+        for model in (fused, eager):
+            model.get_parameter('layer4.0.conv1.weight').data[3, 2] = torch.nan
+    ours, theirs = step(fused, x), step(eager, x)
+    for key, want in theirs.items():
+        nan = ours[key].isnan(), want.isnan()
+        # Which weights of a padded convolution a NaN reaches is the implementation's: some multiply it by padding.
+        assert torch.equal(*nan) or (key.endswith('.conv.weight') and nan[0].any() and nan[1].any()), key
+
+
+@pytest.mark.parametrize('name', ['cbam_resnet18', 'triplet_resnet18', 'srm_resnet18'])
+@pytest.mark.parametrize('zero', ['weight', 'image'])
+def test_equal_maxima_share_the_gradient(name: str, zero: str) -> None:
+    eager = build(name)
+    for n, m in eager.named_modules():
+        if isinstance(m, nn.BatchNorm2d) and zero == 'weight' and n.endswith('bn2'):
+            nn.init.zeros_(m.weight)
+    x = torch.zeros_like(images()) if zero == 'image' else images()
+    fused, eager = pair(eager)
+    check_equal(step(fused, x), step(eager, x), 1e-10)
+
+
+def test_global_hooks_see_every_module() -> None:
+    calls = []
+    for model in pair(build('cbam_resnet18')):
+        seen: list[str] = []
+        handle = register_module_forward_hook(lambda m, *_, seen=seen: seen.append(type(m).__name__))
+        try:
+            model(images())
+        finally:
+            handle.remove()
+        calls.append(seen)
+    assert len(calls[0]) == len(calls[1]) == sum(1 for _ in build('cbam_resnet18').modules())
+
+
+def test_a_part_whose_forward_pass_is_replaced_in_the_instance_is_called() -> None:
+    # As accelerate does to offload weights.
+    fused, eager = pair(build('se_resnet18'))
+    for model in (fused, eager):
+        conv = cast(Any, model.get_submodule('layer2.0.conv2'))
+        conv.forward = lambda x, old=conv.forward: old(x) * 2
+    check_steps(fused, eager)
+
+
+@pytest.mark.parametrize('name', ['se_resnet18', 'bam_resnet18'])
+def test_an_empty_batch_is_what_it_is_in_the_eager_model(name: str) -> None:
+    for training in (False, True):
+        for model in pair(build(name).train(training)):
+            try:
+                y = model(images()[:0])
+            except Exception as e:
+                y = type(e)
+            results = y if isinstance(y, type) else tuple(y.shape)
+            assert results == (0, 5) or training
+        fused, eager = pair(build(name).train(training))
+        ours = [b.isnan().any() for b in fused.buffers()]
+        assert ours == [b.isnan().any() for b in eager.buffers()]
+
+
+# ---- Freezing -------------------------------------------------------------------------------------------------------
+
+
+def pruned(conv: nn.Module) -> None:
+    prune.l1_unstructured(conv, 'weight', 0.3)
+
+
+REPARAMETRISED: dict[str, Callable[[nn.Module], object]] = {
+    'prune': pruned,
+    'weight_norm': weight_norm,
+    'spectral_norm': spectral_norm,
+    'parametrizations.weight_norm': parametrizations.weight_norm,
+    'parametrizations.spectral_norm': parametrizations.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings('ignore:.*weight_norm.*:FutureWarning')
+@pytest.mark.parametrize('how', REPARAMETRISED)
+@pytest.mark.parametrize('site', ['conv1', 'layer2.0.conv2', 'layer2.0.downsample.0'])
+def test_convolutions_with_weights_that_are_computed_are_left_unfolded(how: str, site: str) -> None:
+    models: list[nn.Module] = []
+    for _ in range(2):  # what old functions make cannot be copied
+        models.append(build('se_resnet18'))
+        REPARAMETRISED[how](models[-1].get_submodule(site))
+    eager, frozen = (m.eval() for m in models)
+    with pytest.warns(UserWarning, match='leaves 1 BatchNorms as they are.*(bn1|bn2|downsample.1)'):
+        fuse(frozen, freeze=True, compile=False)
+    with torch.no_grad():
+        want = eager(images())
+        torch.testing.assert_close(frozen(images()), want, rtol=0, atol=1e-10)
+
+
+def test_a_convolution_that_is_used_twice_is_left_unfolded() -> None:
+    eager = build('se_resnet18', layers=(2, 1, 1, 1))
+    cast(Any, eager.get_submodule('layer1.1')).conv1 = eager.get_submodule('layer1.0.conv1')
+    want = eager.eval()(images())
+    with pytest.warns(UserWarning, match='leaves 2 BatchNorms'):
+        frozen = fuse(eager, freeze=True, compile=False)
+    torch.testing.assert_close(frozen(images()), want, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize('compile', [False, pytest.param(True, marks=pytest.mark.slow)], ids=['eager', 'compiled'])
+def test_train_after_freezing_trains_the_folded_model(compile: bool) -> None:
+    frozen = fuse(build('se_resnet18', drop_path_rate=0.9), freeze=True, compile=compile)
+    plain = copy.deepcopy(frozen)
+    for m in plain.modules():
+        if isinstance(m, blocks.Fused):
+            m.__class__ = BasicBlock
+    x = images(n=8)
+    with pytest.warns(UserWarning, match='frozen.*has no BatchNorms'):
+        frozen.train()
+    outputs = []
+    for model in (frozen, plain.train()):
+        torch.manual_seed(3)
+        with torch.no_grad():
+            outputs.append(model(x))
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-10)
+    torch.manual_seed(4)
+    assert not torch.equal(frozen(x), outputs[0])
+    results = []
+    for model in (frozen, plain):
+        torch.manual_seed(3)
+        results.append(step(model, x))
+    check_equal(*results, 1e-10)
+
+
+@pytest.mark.parametrize('strict', [True, False])
+def test_checkpoint_of_the_model_before_freezing_is_refused_and_nothing_is_loaded(strict: bool) -> None:
+    eager = build('cbam_resnet18')
+    frozen = fuse(copy.deepcopy(eager), freeze=True, compile=False)
+    twin = copy.deepcopy(frozen)
+    before = copy.deepcopy(frozen.state_dict())
+    for model in (frozen, twin):
+        with pytest.raises(ValueError, match=r'The checkpoint has BatchNorms \(bn1 and others, 12 in all\).*before'):
+            model.load_state_dict(eager.state_dict(), strict=strict)
+    assert all(torch.equal(v, before[k]) for k, v in frozen.state_dict().items())
+    with pytest.raises(ValueError, match=r'model\.bn1'):
+        cast(Any, nn.ModuleDict({'model': frozen})).load_state_dict(
+            {f'model.{k}': v for k, v in eager.state_dict().items()}, strict=strict
+        )
+    fuse(build('cbam_resnet18'), freeze=True, compile=False).load_state_dict(before)
