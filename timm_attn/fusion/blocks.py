@@ -15,8 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..layers import BAM, GateForm, SelectiveKernel
-from ..layers._norm import GroupNorm
+from ..layers import BAM, GateForm, GroupNorm, SelectiveKernel
 from ..models.sk_resnet import SKBottleneck
 from . import kernels
 from .compile import compiler_works
@@ -109,8 +108,8 @@ def _recomputable(attn: nn.Module) -> bool:
 
 def _tail(block: Any, bn: Any, y: Tensor, x: Tensor) -> Tensor:
     """ReLU(attention(BN(y)) * keep + shortcut(x)), by what is known of the attention."""
-    attn: Any = None if _absent(block.se) else block.se
-    form = GateForm() if attn is None else _gate_form(attn)
+    attn: Any = block.se
+    form = GateForm() if _absent(attn) else _gate_form(attn)
     if form is None and not _recomputable(attn):
         return _ordinary_tail(block, bn, y, x)
     shortcut = _shortcut(block, x)
@@ -417,7 +416,8 @@ def _freeze(model: nn.Module) -> None:
     if left:
         warnings.warn(
             f'timm_attn.fuse(freeze=True) leaves {len(left)} BatchNorms as they are, for the convolution before them '
-            f'is not a plain one, is used twice, or has hooks (pruning, weight_norm): {", ".join(left[:5])}.',
+            'is not a plain one, is used twice, or has hooks (pruning, weight_norm, attention of its own): '
+            f'{", ".join(left[:5])}.',
             stacklevel=3,
         )
 
