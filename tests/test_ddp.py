@@ -28,7 +28,7 @@ def build(name: str, seed: int) -> nn.Module:
     """A narrow ResNet with one block per stage and this attention, in float64, BatchNorm in eval."""
     arch = f'{name}_resnet18' if timm.is_model(f'{name}_resnet18') else f'{name}_resnet50'
     torch.manual_seed(seed)
-    small: dict[str, Any] = dict(layers=(1, 1, 1, 1), channels=(32, 64, 96, 128), zero_init_last=False)
+    small: dict[str, Any] = dict(layers=(1, 1, 1, 1), channels=(64, 128, 192, 256), zero_init_last=False)
     model = timm.create_model(arch, num_classes=3, **small).double().eval()
     with torch.no_grad():
         # Away from zero starts, which would hide a gradient.

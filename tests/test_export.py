@@ -21,9 +21,8 @@ needs_onnx = pytest.mark.skipif(
 
 # Square, wide, tall and odd; batches of one and more. None is the size of the export.
 INPUTS = ((1, 64, 64), (3, 64, 128), (2, 160, 72), (1, 97, 131))
-# The smallest registered model that holds each attention.
+# Models that take options, or another family; of the others the smallest registered one.
 RESNETS: dict[str, tuple[str, dict[str, Any]]] = {
-    'bam': ('bam_resnet18', {}),
     'gsop': ('gsop_resnet50', {'dim': 16}),
     'sk': ('sk_resnext50_32x4d', {}),
 }
@@ -31,13 +30,15 @@ RESNETS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def build(name: str) -> nn.Module:
     torch.manual_seed(0)
-    if name in RESNETS:
-        model_name, attn_args = RESNETS[name]
-        model = timm.create_model(
-            model_name, layers=(1, 1, 1, 1), channels=(32, 64, 96, 128), num_classes=5, attn_args=attn_args
-        )
-    else:
+    if timm.is_model(f'simple_cnn_{name}'):
         model = timm.create_model(f'simple_cnn_{name}', num_classes=5, attn_after=(1, 2))
+    else:
+        smallest = timm.list_models(f'{name}_resne*', module='attn_resnet')
+        model_name, attn_args = RESNETS.get(name) or (smallest[0], {})
+        # 64 groups of SGE want multiples of 64.
+        model = timm.create_model(
+            model_name, layers=(1, 1, 1, 1), channels=(64, 128, 192, 256), num_classes=5, attn_args=attn_args
+        )
     for module in model.modules():
         if isinstance(module, Attention):
             module.gain = 1.5  # as injection would set it, a plain number that an export must not lose

@@ -439,7 +439,7 @@ def test_sk_is_refused() -> None:
 
 def test_unknown_arguments_raise() -> None:
     model = create_model('resnet18', device='meta')
-    with pytest.raises(ValueError, match=r"Unknown attention 'cbamm'\. Expected one of: bam"):
+    with pytest.raises(ValueError, match=r"Unknown attention 'cbamm'\. Did you mean 'cbam'.*Expected one of: bam"):
         inject(model, 'cbamm')
     with pytest.raises(ValueError, match=r"Unknown start 'zero'\. Expected one of: identity, paper"):
         inject(model, 'cbam', start='zero')

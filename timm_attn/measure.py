@@ -102,6 +102,8 @@ def peak_bytes(model: nn.Module, x: Tensor) -> int:
 
 def _memory_events(run: Callable[[], Any], device: torch.device) -> list[int]:
     """Bytes of each allocation, and of each release less than 0, in their order."""
+    # The profiler reports its own stages on stderr, from this level on down.
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')
     run()  # pays for what is allocated once
     gc.collect()  # so that nothing of it is released while counting
     activities = [torch.profiler.ProfilerActivity.CPU]
