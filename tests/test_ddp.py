@@ -22,6 +22,8 @@ import timm_attn
 
 TIMEOUT = 300
 PROCESSES = 2
+# What is added to all that a softmax compares changes nothing, and its gradient is 0 but for rounding.
+BEFORE_SOFTMAX = ('.conv_attn.bias', '.phi.bias')
 
 
 def build(name: str, seed: int) -> nn.Module:
@@ -110,7 +112,8 @@ def test_gradients_of_two_processes_equal_those_of_one_on_the_joined_batch(tmp_p
             parameters = [k for k, _ in models[name].named_parameters()]
             assert list(reference) == parameters and list(found[label]) == parameters, f'{label}: unused parameters'
             for key, grad in reference.items():
-                assert grad.abs().max() > 0, f'{label}: no gradient reaches {key}'
+                if not key.endswith(BEFORE_SOFTMAX):
+                    assert grad.abs().max() > 0, f'{label}: no gradient reaches {key}'
                 torch.testing.assert_close(
                     found[label][key], grad, rtol=1e-9, atol=1e-12, msg=lambda m, at=f'{label} {key}': f'{at}: {m}'
                 )
