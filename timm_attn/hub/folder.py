@@ -53,6 +53,7 @@ _NOT_ARCHITECTURE = (
     'features_only',
     'out_indices',
     'scriptable',
+    'fused',
 )
 # What the config of a checkpoint says about that checkpoint, and a model trained further must not inherit.
 _OF_THE_SOURCE = ('tag', 'license', 'origin_url', 'description', 'notes', 'paper_ids', 'paper_name')

@@ -14,6 +14,8 @@ from ..weights import cfgs_of, checkpoint_filter_fn
 
 M = TypeVar('M', bound=nn.Module)
 F = TypeVar('F', bound=Callable[..., nn.Module])
+# Keyword of every registered model -> what is done to the built model when it is true. What stands above adds its own.
+FINISHERS: dict[str, Callable[[nn.Module], nn.Module]] = {}
 
 
 def register_model(fn: F) -> F:
@@ -38,9 +40,11 @@ def build(cls: type[M], variant: str, pretrained: bool, defaults: dict[str, Any]
         variant: The registered name.
         pretrained: Load the weights of the tag asked for.
         defaults: The variant's own keywords.
-        kwargs: The caller's keywords, which win; `attn_args` are merged one by one.
+        kwargs: The caller's keywords, which win; `attn_args` are merged one by one. `fused=True` gives the model to
+            `timm_attn.fuse`; it is no part of the architecture, and not saved.
     """
     args = {**defaults, **kwargs}
+    finish = [done for name, done in FINISHERS.items() if args.pop(name, False)]
     attn_args = {**defaults.get('attn_args', {}), **(kwargs.get('attn_args') or {})}
     if attn_args:
         args['attn_args'] = attn_args
@@ -53,6 +57,8 @@ def build(cls: type[M], variant: str, pretrained: bool, defaults: dict[str, Any]
     # A config that somebody gives, such as that of a saved model, says itself what images its weights want.
     if args.get('cifar_stem') and not isinstance(args.get('pretrained_cfg'), dict | PretrainedCfg):
         _take_small_images(model, args.get('pretrained_cfg_overlay') or {})
+    for done in finish:
+        model = done(model)
     return model
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..injection import base_of, inject, injections, uncalled
 from ..layers import attn_sites
+from ._build import FINISHERS
 
 __all__ = ['injected_args']
 
@@ -191,6 +192,7 @@ def injected(
         dict(attn=attn, attn_args=attn_args, at=at, where=where, fmt=fmt, start=start, example=example)
     ]
     own: dict[str, Any] | None = None
+    finish = [done for name, done in FINISHERS.items() if kwargs.pop(name, False)]
     base_args = {**(base_args or {}), **kwargs}
     if pretrained_cfg is not None and not isinstance(pretrained_cfg, str):
         # A checkpoint of the whole model, from a folder or repository: its numbers of classes and channels are its own.
@@ -222,4 +224,6 @@ def injected(
             filter_fn=lambda state_dict, model: _check_fit(state_dict, model, model.pretrained_cfg),
             cache_dir=cache_dir,
         )
+    for done in finish:
+        model = done(model)
     return _features(model, out_indices, feature_cls) if features_only else model
