@@ -47,8 +47,8 @@ def build(name: str, seed: int) -> nn.Module:
 
 
 def batch() -> tuple[Tensor, Tensor]:
-    """Images (4, 3, 32, 32) and their classes (4)."""
-    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    """Images (4, 3, 64, 64) and their classes (4); the last map has more than one pixel, which some gates need."""
+    x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return x, torch.tensor([0, 1, 2, 0])
 
 
