@@ -1,5 +1,8 @@
 """Attention ResNets for timm. Importing this package makes `timm.create_model` know them."""
 
+import importlib
+import types
+
 from . import models as models
 from .explain import attention_health as attention_health
 from .explain import attention_maps as attention_maps
@@ -20,3 +23,10 @@ from .version import package_version
 from .weights import convert as convert
 
 __version__ = package_version()
+
+
+def __getattr__(name: str) -> types.ModuleType:
+    """Imports `timm_attn.lab` when it is asked for: training and statistics need the extra `lab`."""
+    if name == 'lab':
+        return importlib.import_module('timm_attn.lab')
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -1,5 +1,7 @@
 import math
 import statistics
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -156,3 +158,13 @@ def test_reading_says_the_numbers() -> None:
     assert reading('SE', 'plain', estimate([1.0] * 6), judge({'SE': [1.0] * 6})['SE']).endswith(
         'better, on these data with these settings.'
     )
+
+
+def test_the_lab_is_imported_when_it_is_asked_for() -> None:
+    code = (
+        'import sys, timm_attn\n'
+        "assert not {'scipy', 'timm_attn.lab'} & set(sys.modules)\n"
+        "print(timm_attn.lab.stats.verdicts({'a': [1.0, 2.0]}), hasattr(timm_attn, 'lba'))"
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.strip() == "{'a': 'too few seeds'} False"

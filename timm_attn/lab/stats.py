@@ -70,7 +70,7 @@ def estimate(values: Sequence[float], level: float = LEVEL) -> Estimate:
     mean, deviation = _moments(x)
     if len(x) == 1:
         return Estimate(mean, math.nan, math.nan, math.nan, tuple(x.tolist()))
-    half = _stats().t.isf(level / 2, len(x) - 1) * deviation / math.sqrt(len(x))
+    half = float(_stats().t.isf(level / 2, len(x) - 1)) * deviation / math.sqrt(len(x))
     return Estimate(mean, deviation, mean - half, mean + half, tuple(x.tolist()))
 
 
