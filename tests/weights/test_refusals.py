@@ -223,9 +223,13 @@ def test_weights_that_are_not_finite_are_refused(value: float, filled: Fill) -> 
         ({'epoch': 3, 'arch': 'x'}, r"holds no weights: its entries are \['epoch', 'arch'\]"),
         ({'conv1.weight': torch.zeros(1), 'epoch': 3}, r"tensors only; this one has also: \{'epoch': 'int'\}"),
         ({'backbone.conv.weight': torch.zeros(1)}, r'those of no known source'),
+        ({'teacher.conv1.weight': torch.zeros(1)}, r"All stand under 'teacher\.'.*pass prefix='teacher\.'"),
+        ({'student': {'conv1.weight': torch.zeros(1)}, 'epoch': 3}, r"If one of 'student' is the network, pass that"),
+        (None, r'not NoneType: pass model\.state_dict\(\)'),
+        (torch.nn.Linear(1, 1), r'not Linear: pass model\.state_dict\(\)'),
     ],
 )
-def test_a_dict_without_a_nets_weights_is_refused(checkpoint: dict[str, Any], message: str) -> None:
+def test_what_holds_no_net_is_refused(checkpoint: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         convert(checkpoint, 'cbam_resnet18')
 

@@ -101,7 +101,13 @@ def detect(state_dict: Mapping[str, Tensor], target: Target, source: str | None 
         return next((s for s in SOURCES if target.attn in s.own_names), own.SOURCE), OWN
     if found:
         return found[0]
-    raise ValueError(f'The keys ({some(state_dict, 3)}) are those of no known source: {", ".join(list_sources())}.')
+    hint = ''
+    stems = {k.partition('.')[0] for k in state_dict}
+    if len(stems) == 1 and (stem := stems.pop()) not in {k.partition('.')[0] for k in target.shapes}:
+        hint = f" All stand under '{stem}.': if that holds the network, pass prefix='{stem}.' (--prefix {stem}.)."
+    raise ValueError(
+        f'The keys ({some(state_dict, 3)}) are those of no known source: {", ".join(list_sources())}.{hint}'
+    )
 
 
 def _check_source(source: str | None, found: Source, attn: str, target: Target) -> str:

@@ -66,6 +66,11 @@ def unwrap(checkpoint: Mapping[str, Any], weights: str | None = None, prefix: st
     """
     if weights not in (None, *WEIGHTS):
         raise ValueError(f"weights (={weights!r}) must be one of: 'ema', 'raw', or None.")
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(
+            f'Expected a state dict or a checkpoint that holds one, not {type(checkpoint).__name__}: pass '
+            'model.state_dict(), or what torch.load returned.'
+        )
     found, kind, left = _enter(checkpoint, weights)
     if found.keys() & {_COUNTER}:
         found = {k: v for k, v in found.items() if k != _COUNTER}
@@ -127,7 +132,11 @@ def _check_tensors_only(found: Mapping[Any, Any]) -> None:
     if strange:
         raise ValueError(f'A state dict has texts for keys; this one has also: {some(sorted(set(strange)))}.')
     if not any(isinstance(v, Tensor) for v in found.values()):
-        raise ValueError(f'The checkpoint holds no weights: its entries are {list(found)[:1000] or "none"}.')
+        inner = [
+            k for k, v in found.items() if isinstance(v, Mapping) and any(isinstance(t, Tensor) for t in v.values())
+        ]
+        hint = f' If one of {some(map(repr, inner), 5)} is the network, pass that entry.' if inner else ''
+        raise ValueError(f'The checkpoint holds no weights: its entries are {list(found)[:1000] or "none"}.{hint}')
     other = {k: type(v).__name__ for k, v in found.items() if not isinstance(v, Tensor)}
     if other:
         shown = dict(list(other.items())[:100])
