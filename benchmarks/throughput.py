@@ -1,86 +1,202 @@
-"""Times every attention ResNet-50 beside the plain one and beside its peers, in interleaved rounds.
+"""Times attention ResNets beside the plain one, torch.compile and the peers, in interleaved rounds.
 
-    python benchmarks/throughput.py                      # all cells, about an hour on one core
-    python benchmarks/throughput.py --attn se cbam --mode train --dtype float32
-    python benchmarks/throughput.py --attn se cbam --size 128 --depth 18   # how cost grows
-    python benchmarks/throughput.py --smoke              # one round, nothing written: does it run?
+    python benchmarks/throughput.py --list               # the cells of the plan, and about how long each takes
+    python benchmarks/throughput.py --warm               # compiles what torch.compile is to be measured on
+    python benchmarks/throughput.py --seconds 220        # measures what the file has not, as far as the time goes
+    python benchmarks/throughput.py --attn se cbam --mode train --again
+    python benchmarks/throughput.py --smoke              # a cell of each kind, small, nothing written: does it run?
 
-Each cell (attention, mode, type) is one run whose baseline is measured in the same rounds. Cells are written to
-results/speed.json as they are done; those that are there already are measured again only with --again.
+A cell is one run, whose plain model is measured in the same rounds. Cells are written to results/speed.json as they are
+done, and those that are there are measured again only with --again, so the plan can be run in pieces.
 """
 
 import argparse
 import json
 import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 from peers import peers
 
 import timm_attn
-from timm_attn.bench import DTYPES, MODES, entrants, rounds_of, summary, table
+from timm_attn.bench import BASELINE, COMPILED, DTYPES, MODES, Build, entrants, rounds_of, summary, table
 from timm_attn.files import atomic_write
 from timm_attn.measure import environment
 
 RESULTS = Path(__file__).parent / 'results'
-KEY = ('attn', 'mode', 'dtype', 'batch', 'size', 'depth')
 
 
-def cell(attn: str, mode: str, dtype: str, args: argparse.Namespace) -> dict[str, object]:
-    name = f'{attn}_resnet{args.depth}'
-    builds = entrants([name], f'resnet{args.depth}', mode)
-    if (args.depth, args.size) == (50, 224):  # pytorchcv's models take no other size
-        builds |= peers(attn)
-    found = rounds_of(
-        builds, mode, batch=args.batch, size=args.size, dtype=dtype, rounds=args.rounds, device=args.device
-    )
+@dataclass(frozen=True)
+class Cell:
+    """What is measured in one run: the key of its result.
+
+    Attributes:
+        attn: One of `list_attn()`, or 'plain' for the plain ResNet in all ways.
+        mode: 'inference' or 'train'.
+        dtype: 'float32' or 'bfloat16'.
+        batch: Images.
+        size: Their side in pixels.
+        depth: Of the ResNet.
+        threads: Threads.
+        layout: 'contiguous' or 'channels_last'.
+        compiled: Ways of `torch.compile` that are measured too.
+    """
+
+    attn: str
+    mode: str
+    dtype: str = 'float32'
+    batch: int = 4
+    size: int = 224
+    depth: int = 50
+    threads: int = 1
+    layout: str = 'contiguous'
+    compiled: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return tuple(v for k, v in asdict(self).items() if k != 'compiled')
+
+    @property
+    def images(self) -> float:
+        """Work of a plain forward pass, in images of 224 pixels through a ResNet-50."""
+        return self.batch * (self.size / 224) ** 2 * {18: 0.44, 34: 0.9, 50: 1, 101: 1.9}[self.depth]
+
+    @property
+    def rounds(self) -> int:
+        return 3 if self.mode == 'train' and self.images > 8 else 5
+
+    @property
+    def seconds(self) -> float:
+        """About how long it takes on a core of 80 GFLOP a second that finds in inductor's cache what is compiled."""
+        step = 0.11 * self.images * (3.2 if self.mode == 'train' else 1) * 1.4 / self.threads**0.7
+        builds = self.builds()
+        compiled = sum(label.endswith(COMPILED) for label in builds)
+        return len(builds) * step * (self.rounds + 2) + 6 * compiled + (12 if self.mode == 'train' else 6)
+
+    def builds(self) -> dict[str, Build]:
+        ways = ['eager', 'fused', *(['frozen'] if self.mode == 'inference' else []), *self.compiled]
+        base = f'resnet{self.depth}'
+        if self.attn == BASELINE:
+            return entrants([], base, ways)
+        found = entrants([f'{self.attn}_resnet{self.depth}'], base, ways)
+        # The plain model's other ways have a cell of their own.
+        found = {k: v for k, v in found.items() if not k.startswith(f'{BASELINE} ')}
+        return found | peers(self.attn, self.depth)
+
+
+def plan() -> Iterator[Cell]:
+    """The cells by what they tell a user."""
+    usual = ('se', 'cbam', 'triplet')
+    # torch.compile of the plain model, of gates by statistics, by maps and by planes, by large convolutions, of
+    # self-attention, after stages, in place of a convolution.
+    by_compiler = (BASELINE, *usual, 'gam', 'csa', 'bam', 'sk')
+    for attn in (*by_compiler, *(a for a in timm_attn.list_attn() if a not in by_compiler)):
+        for mode in MODES:
+            few = by_compiler if mode == 'inference' else by_compiler[:3]
+            compiled = COMPILED if attn in (BASELINE, 'cbam') and mode == 'inference' else COMPILED[:1]
+            yield Cell(attn, mode, compiled=compiled if attn in few else ())
+    for attn in ('cbam', 'triplet', 'se'):  # where the calls between passes cost most
+        yield Cell(attn, 'inference', batch=1)
+        yield Cell(attn, 'inference', size=128)
+    for attn in (BASELINE, *usual):
+        for mode in MODES:
+            yield Cell(attn, mode, threads=2)
+    for attn in ('cbam', 'triplet', 'se'):  # growth with batch and size
+        for mode in MODES:
+            for batch, size in ((4, 224), (1, 224), (32, 224), (4, 128), (4, 320)):
+                yield Cell(attn, mode, batch=batch, size=size, depth=18)
+    for attn in ('cbam', 'se'):
+        for mode in MODES:
+            yield Cell(attn, mode, layout='channels_last')
+    for mode in MODES:
+        yield Cell('cbam', mode, dtype='bfloat16')
+        yield Cell('cbam', mode, depth=101)
+    for batch, size in ((1, 224), (4, 128), (4, 320), (32, 224)):
+        yield Cell('cbam', 'train', batch=batch, size=size)
+    yield Cell('cbam', 'inference', size=320)
+    yield Cell('cbam', 'inference', batch=32)
+
+
+def measure(cell: Cell, rounds: int) -> dict[str, Any]:
+    torch.set_num_threads(cell.threads)
+    torch.compiler.reset()  # functions that it compiled for the last cell
+    options = {key: getattr(cell, key) for key in ('batch', 'size', 'dtype')}
+    found = rounds_of(cell.builds(), cell.mode, rounds=rounds, channels_last=cell.layout == 'channels_last', **options)
     rows = summary(found)
-    title = f'{name}, {mode}, {dtype}, batch {args.batch}, {args.size} pixels'
-    print(f'\n{title}\n{table(rows)}', flush=True)
-    return {
-        'attn': attn,
-        'mode': mode,
-        'dtype': dtype,
-        'batch': args.batch,
-        'size': args.size,
-        'depth': args.depth,
-        'rounds': args.rounds,
-        'environment': environment(args.device),
-        'rows': rows,
-    }
+    print(f'\n{title(cell)}\n{table(rows)}', flush=True)
+    key = {k: v for k, v in asdict(cell).items() if k != 'compiled'}
+    date = datetime.now(timezone.utc).date().isoformat()
+    return {**key, 'rounds': rounds, 'date': date, 'environment': environment(), 'rows': rows}
+
+
+def warm(cell: Cell) -> None:
+    """The first steps of what torch.compile compiles."""
+    torch.set_num_threads(cell.threads)
+    builds = {label: build for label, build in cell.builds().items() if label.endswith(COMPILED)}
+    for label, build in builds.items():
+        torch.compiler.reset()
+        options = {key: getattr(cell, key) for key in ('batch', 'size', 'dtype')}
+        found = rounds_of({label: build}, cell.mode, rounds=0, **options)
+        print(f'{title(cell)}: {label} {found[label]["first"]:.0f} s', flush=True)
+
+
+def title(cell: Cell) -> str:
+    return (
+        f'{cell.attn} at depth {cell.depth}, {cell.mode}, {cell.dtype}, batch {cell.batch}, {cell.size} pixels, '
+        f'{cell.threads} thread(s), {cell.layout}'
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--attn', nargs='+', choices=timm_attn.list_attn(), default=timm_attn.list_attn())
-    parser.add_argument('--mode', nargs='+', choices=MODES, default=list(MODES))
-    parser.add_argument('--dtype', nargs='+', choices=DTYPES, default=list(DTYPES))
-    parser.add_argument('--batch', type=int, default=4)
-    parser.add_argument('--size', type=int, default=224)
-    parser.add_argument('--depth', type=int, default=50)
-    parser.add_argument('--rounds', type=int, default=10)
-    parser.add_argument('--threads', type=int, default=1)
-    parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
+    parser.add_argument('--list', action='store_true', help='print the plan; measure nothing')
+    parser.add_argument('--warm', action='store_true', help='compile for torch.compile, and measure nothing')
+    parser.add_argument('--seconds', type=float, default=float('inf'), help='begin no cell that would end later')
+    parser.add_argument('--attn', nargs='+', choices=[BASELINE, *timm_attn.list_attn()], help='cells of these alone')
+    parser.add_argument('--mode', nargs='+', choices=MODES, help='cells of these alone')
+    parser.add_argument('--dtype', nargs='+', choices=DTYPES, help='cells of these alone')
+    parser.add_argument('--rounds', type=int, help='instead of the 3 or 5 of the plan')
     parser.add_argument('--out', type=Path, default=RESULTS / 'speed.json')
     parser.add_argument('--again', action='store_true', help='measure cells that the file has already')
-    parser.add_argument('--smoke', action='store_true', help='two images, one round, nothing written')
+    parser.add_argument('--smoke', action='store_true', help='one round of small cells without a compiler, not written')
     args = parser.parse_args()
+    start = time.monotonic()
+    chosen = [
+        c
+        for c in plan()
+        if all(getattr(args, k) is None or getattr(c, k) in getattr(args, k) for k in ('attn', 'mode', 'dtype'))
+    ]
     if args.smoke:
-        args.batch, args.rounds = 2, 1
-    torch.set_num_threads(args.threads)
-    cells = json.loads(args.out.read_text()) if args.out.exists() and not args.smoke else []
-    for attn in args.attn:
-        for mode in args.mode:
-            for dtype in args.dtype:
-                key = (attn, mode, dtype, args.batch, args.size, args.depth)
-                same = [c for c in cells if tuple(c[k] for k in KEY) == key]
-                if same and not args.again:
-                    print(f'{key} is there', file=sys.stderr)
-                    continue
-                cells = [c for c in cells if c not in same] + [cell(attn, mode, dtype, args)]
-                if not args.smoke:
-                    with atomic_write(args.out) as path:
-                        path.write_text(json.dumps(cells, indent=1) + '\n')
+        small = [Cell('se', 'train', depth=18), Cell('simam', 'inference', layout='channels_last')]
+        for cell in small:
+            measure(replace(cell, batch=2, size=64), 1)
+        return
+    done = json.loads(args.out.read_text()) if args.out.exists() else []
+    keys = [Cell(**{k: c[k] for k in Cell.__annotations__ if k in c}).key for c in done]
+    left = chosen if args.again else [c for c in chosen if c.key not in keys]
+    if args.list:
+        for cell in chosen:
+            state = '' if cell in left else ', there'
+            print(f'{title(cell)}: {len(cell.builds())} models, {cell.rounds} rounds, {cell.seconds:.0f} s{state}')
+        print(f'{len(chosen)} cells, {sum(c.seconds for c in left) / 60:.0f} minutes to go')
+        return
+    for i, cell in enumerate(left):
+        if time.monotonic() - start + cell.seconds > args.seconds:
+            print(f'{len(left) - i} cells are left: run the command again.', file=sys.stderr)
+            break
+        if args.warm:
+            warm(cell)
+            continue
+        new = measure(cell, args.rounds or cell.rounds)
+        done = [c for c, key in zip(done, keys, strict=True) if key != cell.key] + [new]
+        keys = [key for key in keys if key != cell.key] + [cell.key]
+        with atomic_write(args.out) as path:
+            path.write_text(json.dumps(done, indent=1) + '\n')
 
 
 if __name__ == '__main__':

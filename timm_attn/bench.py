@@ -2,54 +2,79 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
 from torch import Tensor, nn
 
 from .fusion import fuse
-from .measure import clock
+from .measure import seconds
 
 MODES = ('inference', 'train')
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
 BASELINE = 'plain'
+# Ways of running one of our models; the first three are what the package itself offers.
 OURS = ('eager', 'fused', 'frozen')
+COMPILED = ('compiled', 'autotuned')
 
 Build = Callable[[], nn.Module]
 
 
-def entrants(names: list[str], baseline: str, mode: str, compile: bool = True) -> dict[str, Build]:
-    """The plain model, and each model eager and fused: label -> how to build it.
+def entrants(
+    names: Sequence[str], baseline: str, ways: Sequence[str], *, compile: bool = True, backend: str = 'inductor'
+) -> dict[str, Build]:
+    """The plain model, and each model, in each of the ways: label -> how to build it.
 
     Args:
         names: Registered models.
-        baseline: timm's plain model.
-        mode: 'inference', where fused models are frozen too, or 'train'.
+        baseline: timm's plain model; its eager form is always there.
+        ways: Of 'eager', 'fused', 'frozen' (fused and folded, for inference), 'compiled' (`torch.compile` with its
+            defaults) and 'autotuned' (the same with `mode='max-autotune-no-cudagraphs'`).
         compile: As for `timm_attn.fuse`.
+        backend: As for `torch.compile`.
     """
-
-    def fused(name: str, freeze: bool) -> Build:
-        return lambda: fuse(timm.create_model(name), freeze=freeze, compile=compile)
-
-    found: dict[str, Build] = {BASELINE: lambda: timm.create_model(baseline)}
+    make: dict[str, Callable[[nn.Module], nn.Module]] = {
+        'eager': lambda model: model,
+        'fused': lambda model: fuse(model, compile=compile),
+        'frozen': lambda model: fuse(model, freeze=True, compile=compile),
+        'compiled': lambda model: cast(nn.Module, torch.compile(model, backend=backend)),
+        'autotuned': lambda model: cast(nn.Module, torch.compile(model, mode='max-autotune-no-cudagraphs')),
+    }
+    found: dict[str, Build] = {}
     for label, name in [(BASELINE, baseline), *((name, name) for name in names)]:
-        if label != BASELINE:
-            found[label] = lambda name=name: timm.create_model(name)
-        found[f'{label} fused'] = fused(name, False)
-        if mode == 'inference':
-            found[f'{label} frozen'] = fused(name, True)
+        for way in dict.fromkeys(['eager', *ways] if label == BASELINE else ways):
+            suffix = '' if way == 'eager' else f' {way}'
+            found[f'{label}{suffix}'] = lambda name=name, way=way: make[way](timm.create_model(name))
     return found
 
 
-def _step(model: nn.Module, x: Tensor, mode: str, autocast: AbstractContextManager[Any]) -> None:
+def autocast(device: str, dtype: str) -> AbstractContextManager[Any]:
+    """The context in which a step runs: none for 'float32'.
+
+    Args:
+        device: 'cpu' or 'cuda'.
+        dtype: One of `DTYPES`.
+    """
+    return nullcontext() if dtype == 'float32' else torch.autocast(device, DTYPES[dtype])
+
+
+def step(model: nn.Module, x: Tensor, mode: str, dtype: str = 'float32') -> None:
+    """One forward pass, in training a backward pass too; gradients are released.
+
+    Args:
+        model: The model, in its mode.
+        x: Its input.
+        mode: 'inference' or 'train'.
+        dtype: 'float32', or 'bfloat16' for autocast.
+    """
     if mode == 'inference':
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), autocast(x.device.type, dtype):
             model(x)
         return
-    with autocast:
+    with autocast(x.device.type, dtype):
         loss = model(x).float().square().mean()
     loss.backward()
     model.zero_grad()
@@ -63,7 +88,9 @@ def rounds_of(
     size: int,
     dtype: str = 'float32',
     rounds: int = 10,
+    steps: int = 1,
     device: str = 'cpu',
+    channels_last: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Times all models in turn, round after round, so that what disturbs the machine disturbs all alike.
 
@@ -73,31 +100,43 @@ def rounds_of(
         batch: Images.
         size: Their side in pixels.
         dtype: 'float32', or 'bfloat16' for autocast.
-        rounds: Timed steps of each model.
+        rounds: Times that each model has its turn.
+        steps: Steps in a turn.
         device: 'cpu' or 'cuda'.
+        channels_last: Weights and images are in that memory format.
 
     Returns:
-        Label -> 'seconds' of each round and 'first', the seconds of the first step, compilation included.
+        Label -> 'seconds' a step in each round, 'first', the seconds of the first step, compilation included, and on a
+        GPU 'peak_bytes', the most that a step holds beyond what was there before it.
     """
     torch.manual_seed(0)
-    x = torch.randn(batch, 3, size, size, device=device)
-    models = {label: build().to(device).train(mode == 'train') for label, build in builds.items()}
-
-    def step(model: nn.Module) -> None:
-        autocast = nullcontext() if dtype == 'float32' else torch.autocast(device, DTYPES[dtype])
-        _step(model, x, mode, autocast)
-
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(batch, 3, size, size, device=device).to(memory_format=layout)
+    models: dict[str, nn.Module] = {}
     found: dict[str, dict[str, Any]] = {}
-    for label, model in models.items():
+    for label, build in builds.items():
+        with torch.device(device):
+            model = build()
+        model = models[label] = model.to(memory_format=layout).train(mode == 'train')  # pyright: ignore[reportCallIssue]
         start = time.perf_counter()
-        step(model)
+        step(model, x, mode, dtype)
+        if device == 'cuda':
+            torch.cuda.synchronize()
         found[label] = {'first': time.perf_counter() - start, 'seconds': []}
-        step(model)
+        step(model, x, mode, dtype)
+        if device == 'cuda':
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            step(model, x, mode, dtype)
+            found[label]['peak_bytes'] = torch.cuda.max_memory_allocated() - before
     for _ in range(rounds):
         for label, model in models.items():
-            start = clock(device)
-            step(model)
-            found[label]['seconds'].append(clock(device) - start)
+
+            def turn(model: nn.Module = model) -> None:
+                for _ in range(steps):
+                    step(model, x, mode, dtype)
+
+            found[label]['seconds'].append(seconds(turn, device) / steps)
     return found
 
 
@@ -105,24 +144,72 @@ def summary(found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Median, quartiles and the ratio to the baseline of the same round, median and quartiles too.
 
     Args:
-        found: What `rounds_of` returned.
+        found: What `rounds_of` returned, with the baseline; bytes counted meanwhile stay in the rows.
     """
-    base = found[BASELINE]['seconds']
     rows = []
     for label, times in found.items():
         seconds = times['seconds']
-        ratios = [t / b for t, b in zip(seconds, base, strict=True)]
+        ratio, quartiles = _ratio(found, label, BASELINE)
         rows.append(
             {
                 'model': label,
                 'median': statistics.median(seconds),
                 'quartiles': _quartiles(seconds),
-                'ratio': statistics.median(ratios),
-                'ratio_quartiles': _quartiles(ratios),
+                'ratio': ratio,
+                'ratio_quartiles': quartiles,
                 'first': times['first'],
+                **{key: value for key, value in times.items() if key.endswith('_bytes')},
             }
         )
     return rows
+
+
+def _ratio(found: Mapping[str, Mapping[str, Any]], label: str, base: str) -> tuple[float, list[float]]:
+    """Median and quartiles of a model's time over another's of the same round."""
+    ratios = [a / b for a, b in zip(found[label]['seconds'], found[base]['seconds'], strict=True)]
+    return statistics.median(ratios), _quartiles(ratios)
+
+
+def _does(share: float) -> str:
+    return f'{"saves" if share < 1 else "costs"} {100 * abs(1 - share):.0f} % of a step'
+
+
+def advice(found: Mapping[str, Mapping[str, Any]], name: str) -> str:
+    """What the measured rounds say to do with a model, in a line.
+
+    A way is said to be faster or slower only where three quarters of the rounds say so.
+
+    Args:
+        found: What `rounds_of` returned, with 'kept_bytes' where they were counted.
+        name: The registered model, whose eager form is there.
+    """
+    code = {
+        'fused': f"timm.create_model('{name}', fused=True)",
+        'frozen': 'timm_attn.fuse(model, freeze=True)',
+        'compiled': 'torch.compile(model)',
+    }
+    ways = [way for way in code if f'{name} {way}' in found]
+    against = {way: _ratio(found, f'{name} {way}', name) for way in ways}
+    faster = [way for way in ways if max(against[way][1]) < 1]
+    best = min(faster, key=lambda way: against[way][0], default=None)
+    parts, smaller = [], False
+    for way in sorted(ways, key=lambda way: way != best):
+        share, (low, high) = against[way]
+        part = f'{way} {_does(share)}' if high < 1 or low > 1 else f'{way} takes as long as eager'
+        kept = [found[label].get('kept_bytes') for label in (name, f'{name} {way}')]
+        if kept[0] is not None and kept[1] is not None:
+            less = kept[0] - kept[1]
+            smaller |= less > 0
+            size = f'{abs(less) / 1e9:.1f} GB' if abs(less) >= 1e8 else f'{abs(less) / 1e6:.0f} MB'
+            part += f' and {"saves" if less > 0 else "keeps"} {size}{"" if less > 0 else " more"}'
+        parts.append(part + f' ({code[way]})' * (way == best))
+    if best:
+        todo = ''
+    elif smaller:
+        todo = ' Leave it eager for speed; fuse it where memory limits the batch.'
+    else:
+        todo = ' Leave it eager.'
+    return f'{name}: {", ".join(parts)} here.{todo}'
 
 
 def kinds(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def count(model: nn.Module, input_size: Sequence[int]) -> dict[str, int]:
     }
 
 
-def kept_bytes(model: nn.Module, x: Tensor) -> int:
+def kept_bytes(model: nn.Module, x: Tensor, context: Callable[[], AbstractContextManager[Any]] = nullcontext) -> int:
     """Bytes alive after a forward pass that were not before it, whoever holds them; the output is among them.
 
     The sum of the profiler's memory events, every allocation less every release: exact, and the same on every machine.
@@ -72,12 +73,18 @@ def kept_bytes(model: nn.Module, x: Tensor) -> int:
     Args:
         model: Any model, in its mode: in train mode, what it keeps for backward.
         x: Its input (N, C, H, W).
+        context: What the pass runs in, such as autocast.
     """
+
+    def run() -> Any:
+        with context():
+            return model(x)
+
     buffers = [(b, b.clone()) for b in model.buffers()]
     devices = [x.device] if x.device.type == 'cuda' else []
     try:
         with torch.random.fork_rng(devices):
-            return sum(_memory_events(lambda: model(x), x.device))
+            return sum(_memory_events(run, x.device))
     finally:
         for buffer, before in buffers:
             buffer.copy_(before)
@@ -106,13 +113,13 @@ def _memory_events(run: Callable[[], Any], device: torch.device) -> list[int]:
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')
     run()  # pays for what is allocated once
     gc.collect()  # so that nothing of it is released while counting
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+    # The profiler below torch.profiler, which would make a Python object of every event, and not of memory's alone.
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
         held = run()
-    assert profile.profiler is not None and profile.profiler.kineto_results is not None
+    assert profile is not None and profile.kineto_results is not None
     events: list[Any] = [
         e
-        for e in profile.profiler.kineto_results.events()
+        for e in profile.kineto_results.events()
         if e.name() == '[memory]' and e.device_type().name.lower() == device.type
     ]
     del held
@@ -153,16 +160,39 @@ def traffic_bytes(model: nn.Module, x: Tensor) -> int:
 
 
 def clock(device: str) -> float:
-    """Seconds for differences: what this process computed, or the wall's clock of a GPU that has finished.
+    """Seconds for differences: what this process computed in one thread, else the wall's clock.
 
     Args:
-        device: 'cpu' or 'cuda'.
+        device: 'cpu' or 'cuda', which is waited for.
     """
     if device == 'cuda':
         torch.cuda.synchronize()
-        return time.perf_counter()
-    # Other work on the machine counts less than on the wall's clock.
-    return time.process_time()
+    # Other work on the machine counts less than on the wall's clock; of several threads the sum would be counted.
+    return time.process_time() if _clock(device) == 'process' else time.perf_counter()
+
+
+def _clock(device: str) -> str:
+    return 'process' if device == 'cpu' and torch.get_num_threads() == 1 else 'wall'
+
+
+def seconds(run: Callable[[], Any], device: str) -> float:
+    """Seconds that a function takes: on a CPU by `clock`, on a GPU between two CUDA events.
+
+    Args:
+        run: The function.
+        device: 'cpu' or 'cuda'.
+    """
+    if device != 'cuda':
+        start = clock(device)
+        run()
+        return clock(device) - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def environment(device: str = 'cpu') -> dict[str, Any]:
@@ -180,7 +210,7 @@ def environment(device: str = 'cpu') -> dict[str, Any]:
         'torch': torch.__version__,
         'timm': timm.__version__,
         'timm_attn': package_version(),
-        'clock': 'wall' if device == 'cuda' else 'process',
+        'clock': _clock(device),
     }
 
 

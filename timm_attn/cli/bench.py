@@ -1,4 +1,4 @@
-"""`timm-attn bench`: times models beside plain timm, and counts the bytes they keep for backward."""
+"""`timm-attn bench`: times models beside plain timm, counts the bytes they keep for backward, says what to do."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from typing import Any
 import timm
 import torch
 
-from ..bench import DTYPES, MODES, entrants, rounds_of, summary, table
+from ..bench import COMPILED, DTYPES, MODES, advice, autocast, entrants, rounds_of, summary, table
 from ..files import atomic_write
 from ..measure import environment, kept_bytes
 
@@ -18,7 +18,7 @@ def add_parser(commands: 'argparse._SubParsersAction[argparse.ArgumentParser]') 
     """Adds the command `bench`."""
     parser = commands.add_parser(
         'bench',
-        help='time models beside plain timm, and count the bytes they keep for backward',
+        help='time models beside plain timm, count the bytes they keep for backward, and say what to do',
         epilog='example: timm-attn bench se_resnet50 cbam_resnet50 --mode train --batch 4',
     )
     parser.add_argument('models', nargs='+', help='registered models, such as cbam_resnet50')
@@ -30,7 +30,9 @@ def add_parser(commands: 'argparse._SubParsersAction[argparse.ArgumentParser]') 
     parser.add_argument('--rounds', type=int, default=10, help='timed steps of each model (default: 10)')
     parser.add_argument('--threads', type=int, default=1, help='threads (default: 1)')
     parser.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
+    parser.add_argument('--channels-last', action='store_true', help='weights and images in that memory format')
     parser.add_argument('--no-compile', action='store_true', help='fuse without torch.compile')
+    parser.add_argument('--torch-compile', action='store_true', help='measure torch.compile(model) too: minutes')
     parser.add_argument('--out', type=Path, help='write the numbers to this JSON file')
     parser.set_defaults(run=run)
 
@@ -45,31 +47,30 @@ def run(args: argparse.Namespace) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads)
     try:
-        builds = entrants(args.models, args.baseline, args.mode, not args.no_compile)
+        ways = ['eager', 'fused', *(['frozen'] if args.mode == 'inference' else [])]
+        ways += ['compiled'] if args.torch_compile else []
+        builds = entrants(args.models, args.baseline, ways, compile=not args.no_compile)
         print(f'{len(builds)} models, {args.rounds} rounds ...', file=sys.stderr)
-        rows = summary(
-            rounds_of(
-                builds,
-                args.mode,
-                batch=args.batch,
-                size=args.size,
-                dtype=args.dtype,
-                rounds=args.rounds,
-                device=args.device,
-            )
-        )
-        if args.mode == 'train' and args.dtype == 'float32':
+        shape = {key: getattr(args, key) for key in ('batch', 'size', 'dtype', 'device', 'channels_last')}
+        found = rounds_of(builds, args.mode, rounds=args.rounds, **shape)
+        if args.mode == 'train':
             x = torch.zeros(args.batch, 3, args.size, args.size, device=args.device)
-            for row in rows:
-                row['kept_bytes'] = kept_bytes(builds[row['model']]().to(args.device).train(), x)
+            for label in [label for label in builds if not label.endswith(COMPILED)]:
+                with torch.device(args.device):
+                    model = builds[label]().train()
+                found[label]['kept_bytes'] = kept_bytes(model, x, lambda: autocast(args.device, args.dtype))
+        rows = summary(found)
         report = {'environment': environment(args.device), **_options(args), 'rows': rows}
     finally:
         torch.set_num_threads(threads)
     print(table(rows))
+    for name in args.models:
+        print(advice(found, name))
     if args.out:
         with atomic_write(args.out) as path:
             path.write_text(json.dumps(report, indent=1) + '\n')
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    return {key: getattr(args, key) for key in ('mode', 'baseline', 'batch', 'size', 'dtype', 'rounds')}
+    keys = ('mode', 'baseline', 'batch', 'size', 'dtype', 'rounds', 'channels_last')
+    return {key: getattr(args, key) for key in keys}
