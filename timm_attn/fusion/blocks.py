@@ -48,6 +48,11 @@ def _called_as_is(m: nn.Module) -> bool:
     return not hooked and 'forward' not in vars(m) and not getattr(m, '_is_replica', False)
 
 
+def _compiles(block: Any, x: Tensor) -> bool:
+    """Compiling is wanted and works where x is, which is not known before: models are moved after they are fused."""
+    return block.compiled and compiler_works(x.device.type)
+
+
 def _parts_as_they_are(block: nn.Module) -> bool:
     """No one looks at a part of the block, or runs it in another way. Of the block as a whole, they may."""
     return not getattr(block, '_is_replica', False) and all(_called_as_is(m) for m in block.modules() if m is not block)
@@ -258,7 +263,7 @@ class Fused(nn.Module):
     def fused(self, x: Tensor) -> Tensor | None:
         """The output, or None where the fused way is not known to give it."""
         grad = torch.is_grad_enabled()
-        if not (grad or self.compiled):
+        if not (grad or _compiles(self, x)):
             return None
         if self.frozen:
             plain = not grad and not self.training and self.fusible(nn.Identity)
@@ -346,7 +351,7 @@ class FusedBAM(BAM):
 
     def fused(self, x: Tensor) -> Tensor | None:
         """The output, or None where the ordinary way is as good."""
-        if not (self.compiled or torch.is_grad_enabled()):
+        if not (torch.is_grad_enabled() or _compiles(self, x)):
             return None
         return bam_gate(self.compiled, x, self.channel_branch(x), self.spatial_branch(x), self.add, self.gain)
 
@@ -357,8 +362,8 @@ class FusedGateConv(nn.Conv2d):
     forward = _forward_of(nn.Conv2d)
 
     def fused(self, x: Tensor) -> Tensor | None:
-        """The output, or None for a convolution of another kind."""
-        return gate_conv(self, x) if is_gate_conv(self) else None
+        """The output, or None for a convolution of another kind, or where torch's own is as fast."""
+        return gate_conv(self, x) if x.device.type == 'cpu' and is_gate_conv(self) else None
 
 
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
@@ -467,13 +472,10 @@ def fuse(model: nn.Module, *, freeze: bool = False, compile: bool = True) -> nn.
             stacklevel=2,
         )
         return model
-    device = next(model.parameters()).device.type
-    # On the meta device nothing tells where the model will run; what cannot be compiled there says so then.
-    compiled = compile and (device == 'meta' or compiler_works(device))
     for m in new:
         m.__class__ = _FUSED[type(m)]
     for m in new + done:
-        cast(Any, m).compiled = compiled
+        cast(Any, m).compiled = compile
         for part in m.modules():
             if type(part) is nn.Conv2d and is_gate_conv(part):
                 part.__class__ = FusedGateConv

@@ -95,15 +95,22 @@ class Kernel:
                 rest = rest[n:]
             return self.function(*grouped)
 
+        device = next(x for x in dense if isinstance(x, Tensor)).device.type
+        if not compiler_works(device):
+            return lambda flat: function(*flat)
         try:
             return _compile(function, dense)
         except Exception as e:
             warnings.warn(
-                f'timm_attn.fuse cannot compile {self.function.__name__}() ({type(e).__name__}: '
-                f'{str(e).splitlines()[:1]}): it stays slow.',
+                f'timm_attn.fuse cannot compile {self.function.__name__}() ({type(e).__name__}: {_first_line(e)}): '
+                'it stays slow.',
                 stacklevel=4,
             )
             return lambda flat: function(*flat)
+
+
+def _first_line(e: Exception) -> str:
+    return next(iter(str(e).splitlines()), '')
 
 
 def _is_group(x: Any) -> bool:
@@ -252,11 +259,11 @@ def _sources(
 def compiler_works(device: str) -> bool:
     """Whether inductor can compile for the device ('cpu', 'cuda'); says so once where it cannot."""
     try:
-        with _compiling:
+        with _compiling, _disable_current_modes():
             _compile(lambda x: (x + 1,), [torch.zeros(2, 3, 4, 5, device=device)])
     except Exception as e:
         warnings.warn(
-            f'timm_attn.fuse cannot compile for {device} ({type(e).__name__}: {str(e).splitlines()[0]}); blocks keep '
+            f'timm_attn.fuse cannot compile for {device} ({type(e).__name__}: {_first_line(e)}); blocks keep '
             'less memory, but are not faster. Install a C++ compiler (CPU) or Triton (GPU), or pass compile=False.',
             stacklevel=3,
         )
