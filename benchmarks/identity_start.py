@@ -33,9 +33,11 @@ import timm_attn
 from timm_attn.files import atomic_write
 from timm_attn.lab.data import Images, load_data
 from timm_attn.lab.plots import style
+from timm_attn.lab.runs import Lease
 from timm_attn.lab.stats import estimate, judge
 from timm_attn.lab.tables import environment_line, markdown_table
-from timm_attn.measure import environment
+from timm_attn.lab.train import deterministic
+from timm_attn.measure import clock, environment
 
 SHA256 = 'b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889'
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -45,9 +47,11 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
     'se': {},
     'cbam': {},
     'eca': {},
+    'coord': {},
     'gam': dict(rd_ratio=[4 / c for c in WIDTHS]),
 }
-SETTINGS = dict(train=400, val=500, epochs=3, batch_size=32, img_size=64, lr=0.003, momentum=0.9, weight_decay=1e-4)
+FROZEN = ('se', 'cbam', 'coord')  # Are also tried on a network that stays as it is.
+SETTINGS = dict(train=2000, val=2000, epochs=3, batch_size=64, img_size=96, lr=0.005, momentum=0.9, weight_decay=1e-4)
 Arm = tuple[str, str, bool]  # attention or 'none', start, whether the backbone is frozen
 
 
@@ -55,7 +59,7 @@ def arms() -> list[Arm]:
     """All arms, the dearest last."""
     starts = ('identity', 'paper')
     full: list[Arm] = [('none', '-', False)] + [(a, s, False) for a in ATTENTIONS for s in starts]
-    return [*full, ('none', '-', True), *(('cbam', s, True) for s in starts)]
+    return [*full, ('none', '-', True), *((a, s, True) for a in FROZEN for s in starts)]
 
 
 def pretrained(path: Path) -> nn.Module:
@@ -71,18 +75,18 @@ def pretrained(path: Path) -> nn.Module:
     return model.eval()
 
 
-def tensors(images: Images, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+def tensors(images: Images, indices: np.ndarray, device: str) -> tuple[Tensor, Tensor]:
     """Grey images as ImageNet's networks take them, (N, 3, S, S), and their classes (N,)."""
     raw = torch.from_numpy(np.stack([np.asarray(images.items[i]) for i in indices]))[:, None].float() / 255
     side = int(SETTINGS['img_size'])
     x = nn.functional.interpolate(raw, size=(side, side), mode='bilinear', antialias=True)
     x = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    return x, torch.tensor([images.targets[i] for i in indices])
+    return x.to(device), torch.tensor([images.targets[i] for i in indices], device=device)
 
 
 def batches(x: Tensor) -> Iterator[Tensor]:
     """Pieces to evaluate."""
-    return iter(x.split(100))
+    return iter(x.split(200))
 
 
 @torch.inference_mode()
@@ -118,10 +122,11 @@ def with_linear_head(backbone: Path, x: Tensor, y: Tensor) -> nn.Module:
 
     model: Any = pretrained(backbone)
     model.reset_classifier(10)
+    model.to(x.device)
     take_statistics(model, x)
     with torch.inference_mode():
         features = torch.cat([model.forward_head(model.forward_features(b), pre_logits=True) for b in batches(x)])
-    fitted = LogisticRegression(C=0.1, max_iter=500).fit(features.numpy(), y.numpy())
+    fitted = LogisticRegression(C=0.1, max_iter=500).fit(features.cpu().numpy(), y.cpu().numpy())
     model.classifier.load_state_dict(
         dict(weight=torch.tensor(fitted.coef_).float(), bias=torch.tensor(fitted.intercept_).float())
     )
@@ -147,57 +152,71 @@ def train(model: nn.Module, arm: Arm, train_set: tuple[Tensor, Tensor], val: tup
             model.eval()
             for m in timm_attn.attn_sites(model).values():
                 m.train()
-        total = 0.0
+        total = torch.zeros((), device=x.device)
         for chosen in torch.randperm(len(x), generator=order).split(int(SETTINGS['batch_size'])):
             loss = cross_entropy(model(x[chosen]), y[chosen])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            total += loss.item() * len(chosen)
+            total += loss.detach() * len(chosen)  # Stays on the device, so that a GPU is not waited for.
         if not frozen:
             take_statistics(model, x)
-        losses.append(total / len(x))
+        losses.append(total.item() / len(x))
         accuracies.append(top1(model, *val))
     return accuracies, losses
 
 
-def run(weights: Path, out: Path, seed: int, data_dir: str | None, limit: int | None) -> None:
-    """Does the runs of a seed that are not there yet; they are in a file of the seed's own."""
-    data = load_data('fashion-mnist', data_dir=data_dir)
-    val = tensors(data.val, np.arange(int(SETTINGS['val'])))
-    path = out / f'seed{seed}.json'
-    out.mkdir(parents=True, exist_ok=True)
-    held: dict[str, Any] = json.loads(path.read_text()) if path.exists() else dict(settings=SETTINGS, runs=[])
-    if held['settings'] != SETTINGS:
-        raise ValueError(f"'{path}' was made with other settings: choose another --out.")
-    done = {(r['attention'], r['start'], r['frozen']) for r in held['runs']}
-    todo = [a for a in arms() if a not in done][:limit]
-    if not todo:
-        return
-    chosen = np.random.default_rng(seed).choice(len(data.train), int(SETTINGS['train']), replace=False)
-    train_set = tensors(data.train, chosen)
-    base = with_linear_head(weights, *train_set)
-    for arm in todo:
-        attention, start, frozen = arm
-        model = copy.deepcopy(base)
-        torch.manual_seed(seed)
-        if attention != 'none':
-            timm_attn.inject(model, attention, start=start, **ATTENTIONS[attention])
-        accuracies, losses = train(model, arm, train_set, val, seed)
-        record = dict(attention=attention, start=start, frozen=frozen, seed=seed, top1=accuracies, loss=losses)
-        held['runs'].append(record | dict(parameters=sum(p.numel() for p in model.parameters())))
-        held['environment'] = environment()
-        held['command'] = shlex.join(['python', *sys.argv])
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(held, indent=1) + '\n')
-        print(seed, *arm, *(f'{a:.1f}' for a in accuracies), flush=True)
+def run(weights: Path, out: Path, seed: int, data_dir: str | None, device: str) -> None:
+    """Does the runs of a seed that are not there yet and that no other process is at; each leaves a file of its own."""
+    todo = [(path, arm) for arm in arms() if not (path := out / 'runs' / f'seed{seed}-{file_name(arm)}.json').exists()]
+    leases = [Lease(out / 'leases', path.stem) for path, _ in todo]
+    base = None
+    for (path, arm), lease in zip(todo, leases, strict=True):
+        if path.exists() or not lease.take():
+            continue
+        with lease.alive(), deterministic(torch.device(device)):
+            if path.exists():
+                continue
+            if base is None:
+                data = load_data('fashion-mnist', data_dir=data_dir)
+                val = tensors(data.val, np.arange(int(SETTINGS['val'])), device)
+                chosen = np.random.default_rng(seed).choice(len(data.train), int(SETTINGS['train']), replace=False)
+                train_set = tensors(data.train, chosen, device)
+                base = with_linear_head(weights, *train_set)
+            attention, start, frozen = arm
+            model = copy.deepcopy(base).cpu()
+            torch.manual_seed(seed)  # On the CPU, so that both devices begin with the same attention.
+            if attention != 'none':
+                timm_attn.inject(model, attention, start=start, **ATTENTIONS[attention])
+            began = clock(device)
+            accuracies, losses = train(model.to(device), arm, train_set, val, seed)
+            record = dict(
+                attention=attention,
+                start=start,
+                frozen=frozen,
+                seed=seed,
+                top1=accuracies,
+                loss=losses,
+                parameters=sum(p.numel() for p in model.parameters()),
+                seconds=clock(device) - began,
+                settings=SETTINGS,
+                environment=environment(device),
+                command=shlex.join(['python', *sys.argv]),
+            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as temporary:
+                temporary.write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')
+            print(seed, *arm, *(f'{a:.1f}' for a in accuracies), flush=True)
 
 
 def report(out: Path) -> None:
-    """Writes `report.md` and `identity_start.png` from the seeds' files, of the arms that most seeds have."""
-    parts = [json.loads(p.read_text()) for p in sorted(out.glob('seed*.json'))]
-    runs = [r for part in parts for r in part['runs']]
-    settings = parts[0]['settings']
+    """Writes `results.json`, `report.md` and `identity_start.png` from the runs, of the arms that most seeds have."""
+    runs = [json.loads(p.read_text(encoding='utf-8')) for p in sorted((out / 'runs').glob('seed*.json'))]
+    settings = runs[0]['settings']
+    if any(r['settings'] != settings for r in runs):
+        raise ValueError(f"'{out}' holds runs of other settings: remove some.")
+    with atomic_write(out / 'results.json') as temporary:
+        temporary.write_text(json.dumps(runs, indent=1) + '\n', encoding='utf-8')
     found = {
         arm: {r['seed']: r['top1'] for r in runs if (r['attention'], r['start'], r['frozen']) == arm} for arm in arms()
     }
@@ -233,11 +252,16 @@ def report(out: Path) -> None:
         lines.append('\n'.join(said))
     if left_out:
         lines.append(f'Not run with as many seeds, so not shown: {", ".join(left_out)}.')
-    machine = parts[0]['environment']
-    lines.append(f'Machine: {environment_line(machine)}, shared with other work.')
-    lines.append(f'Made by `{parts[0]["command"]}` and so on for each seed.')
+    lines.append(f'Machine: {environment_line(runs[0]["environment"])}.')
+    lines.append(f'Made by `{runs[0]["command"]}` and so on for each seed.')
     (out / 'report.md').write_text('\n\n'.join(lines) + '\n', encoding='utf-8')
     draw(found, [a for a in told if not a[2]], out / 'identity_start.png', settings)
+
+
+def file_name(arm: Arm) -> str:
+    """Of an arm's record."""
+    attention, start, frozen = arm
+    return '-'.join([attention, *([start] if start != '-' else []), *(['frozen'] if frozen else [])])
 
 
 def _name(arm: Arm) -> str:
@@ -281,21 +305,22 @@ def draw(found: dict[Arm, dict[int, list[float]]], told: list[Arm], path: Path, 
     figure.savefig(path, dpi=130)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--weights', type=Path, help="torchvision's mobilenet_v2-b0353104.pth")
     p.add_argument('--out', type=Path, required=True)
     p.add_argument('--data-dir', help="Fashion-MNIST's folder, where Debian's package is not installed")
     p.add_argument('--seeds', type=int, default=5)
     p.add_argument('--seed', type=int, help='this one only, so that processes can share the work')
-    p.add_argument('--limit', type=int, help='do so many of the arms that are left, and no more')
+    p.add_argument('--device', default='cpu', help='cpu or cuda')
     p.add_argument('--report', action='store_true', help='run nothing, write table and picture')
-    args = p.parse_args()
+    args = p.parse_args(argv)
+    torch.backends.cudnn.allow_tf32 = False  # An identity start is to begin with the very outputs of no attention.
     if args.report:
         report(args.out)
     else:
         for seed in [args.seed] if args.seed is not None else range(args.seeds):
-            run(args.weights, args.out, seed, args.data_dir, args.limit)
+            run(args.weights, args.out, seed, args.data_dir, args.device)
 
 
 if __name__ == '__main__':

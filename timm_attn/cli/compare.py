@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -253,13 +254,28 @@ def parse_models(text: str) -> tuple[Entry, ...]:
     entries = []
     for part in text.split(';'):
         words: list[list[str]] = []  # A model each: its name, and its keywords.
-        for word in filter(None, part.split(',')):
-            if words and len(words[-1]) > 1 and '=' in word and ':' not in word:
+        for word in filter(None, _split(part)):
+            if words and len(words[-1]) > 1 and '=' in word and ':' not in _bare(word):
                 words[-1].append(word)
             else:
                 words.append(_opened(word))
         entries += [_entry(*w) for w in words]
     return tuple(entries)
+
+
+def _bare(word: str) -> str:
+    """The word without what stands in brackets, such as the value of `attn_args={'order': 'parallel'}`."""
+    kept, depth = [], 0
+    for c in word:
+        depth += (c in '[{(') - (c in ']})')
+        kept.append(c if depth == 0 else ' ')
+    return ''.join(kept)
+
+
+def _split(part: str) -> list[str]:
+    """Splits at commas outside of brackets."""
+    cuts = [-1, *(i for i, c in enumerate(_bare(part)) if c == ','), len(part)]
+    return [part[a + 1 : b] for a, b in pairwise(cuts)]
 
 
 def _opened(word: str) -> list[str]:

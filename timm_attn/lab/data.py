@@ -86,6 +86,7 @@ class Images(torch.utils.data.Dataset):
         self.mode = mode
         self.transform: Callable[[Image.Image], Any] | None = None  # Set by timm's create_loader.
         self.stream: tuple[int, int] | None = None  # Seed and epoch, set by a run before it draws.
+        self.stacked = False  # Whether `__getitems__` gives batches; see `stacks`.
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -99,6 +100,22 @@ class Images(torch.utils.data.Dataset):
         # Whoever decodes this image, and after which others: its augmentation is the same.
         with randomness_of(*self.stream, index):
             return self.transform(image), self.targets[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        """The samples of a batch, for torch's loader; where they are `stacked`, as two tensors."""
+        if not self.stacked:
+            return [self[i] for i in indices]
+        x = np.stack([self.items[i] for i in indices])  # (N, H, W) or (N, H, W, 3)
+        x = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)
+        return torch.from_numpy(np.ascontiguousarray(x)), torch.tensor([self.targets[i] for i in indices])
+
+    def stacks(self, side: int) -> bool:
+        """Whether all items are arrays of this side and mode, which a mere resizing and cropping leaves as they are.
+
+        Then Pillow and the transforms of each image can be left out, which cost more than a small network's step.
+        """
+        shape = (side, side) if self.mode == 'L' else (side, side, 3)
+        return all(isinstance(i, np.ndarray) and i.dtype == np.uint8 and i.shape == shape for i in self.items)
 
     def image(self, index: int) -> Image.Image:
         """Decodes one image, upright and in eight bits.

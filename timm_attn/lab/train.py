@@ -22,6 +22,7 @@ import safetensors.torch
 import timm
 import torch
 from timm.data import create_loader
+from timm.data.loader import fast_collate
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.models.resnet import ResNet
 from timm.optim import create_optimizer_v2, list_optimizers
@@ -339,15 +340,19 @@ def deterministic(device: torch.device) -> Iterator[None]:
     """Deterministic algorithms inside the block; on a GPU an operation without one warns, on a CPU there is none."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark = torch.backends.cudnn.benchmark
+    filled = torch.utils.deterministic.fill_uninitialized_memory
     if device.type == 'cuda':
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS reads it when it is first used.
     torch.use_deterministic_algorithms(True, warn_only=device.type != 'cpu')
     torch.backends.cudnn.benchmark = False
+    # Filling each new tensor guards code that reads what it never wrote; it costs a pass over memory for each.
+    torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.backends.cudnn.benchmark = benchmark
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def _train_epoch(
@@ -413,9 +418,17 @@ def _loaders(data: Data, settings: Settings, device: torch.device, workers: int)
     # timm annotates its own data sets; any with a `transform` attribute does.
     train_images: Any = data.train
     val_images: Any = data.val
+    # The bits are the same either way; validation never augments.
+    data.train.stacked = data.augment == dict(no_aug=True) and data.train.stacks(settings.img_size)
+    data.val.stacked = data.val.stacks(settings.img_size)
+    common['collate_fn'] = _collate
     train = create_loader(train_images, batch_size=batch, is_training=True, **common, **data.augment)
     val = create_loader(val_images, batch_size=2 * batch, is_training=False, crop_pct=1.0, **common)
     return train, val
+
+
+def _collate(batch: Any) -> tuple[Tensor, Tensor]:
+    return batch if isinstance(batch, tuple) else fast_collate(batch)
 
 
 def _own_randomness(loader: Any, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
