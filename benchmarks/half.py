@@ -54,7 +54,11 @@ def gradients(module: nn.Module, x: Tensor, gy: Tensor, autocast: torch.dtype | 
         y = module(x)
     parameters = list(module.parameters())
     found = torch.autograd.grad(y, [x, *parameters], gy.to(y.dtype), allow_unused=True, materialize_grads=True)
-    return y.detach().double(), found[0].double(), torch.cat([g.double().flatten() for g in found[1:]] or [y.new_zeros(1)])
+    return (
+        y.detach().double(),
+        found[0].double(),
+        torch.cat([g.double().flatten() for g in found[1:]] or [y.new_zeros(1)]),
+    )
 
 
 def gap(a: Tensor, b: Tensor) -> float:

@@ -99,7 +99,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def identity(args: argparse.Namespace, out: Path, seeds: int) -> None:
-    """The share of identity_start.py: every process fits the classifier of one seed, then of others for what is left."""
+    """The share of identity_start.py: a process fits the classifier of one seed, then of others for what is left."""
     if args.weights is None:
         return
     import identity_start

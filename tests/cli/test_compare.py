@@ -51,6 +51,13 @@ def run(*words: str | Path) -> None:
             'a=se_resnet18:drop_rate=.1,layers=2,resnet18',
             [Entry('a', 'se_resnet18', dict(drop_rate=0.1, layers=2)), Entry('resnet18', 'resnet18')],
         ),
+        (
+            "plain=resnet18:layers=[1,1,1,1],drop_rate=.1,mixed=cbam_resnet18:attn_args={'order':'parallel','rd_ratio':.5}",
+            [
+                Entry('plain', 'resnet18', dict(layers=[1, 1, 1, 1], drop_rate=0.1)),
+                Entry('mixed', 'cbam_resnet18', dict(attn_args=dict(order='parallel', rd_ratio=0.5))),
+            ],
+        ),
     ],
 )
 def test_models_of_the_command_line(text: str, expected: list[Entry]) -> None:

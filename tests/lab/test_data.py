@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.loader import fast_collate
 
-from timm_attn.lab.data import Data, load_data, split
+from timm_attn.lab.data import Data, Images, load_data, split
 
 Folder = Callable[..., Path]
 
@@ -366,3 +367,20 @@ def test_images_pass_through_timm_transforms(tiny_data: Data) -> None:
     tiny_data.train.transform = create_transform((1, 12, 12), mean=(0.5,), std=(0.5,), crop_pct=1.0)  # type: ignore
     x, target = tiny_data.train[5]
     assert isinstance(x, torch.Tensor) and x.shape == (1, 12, 12) and target == 1
+
+
+@pytest.mark.parametrize('shape', [(8, 8), (8, 8, 3)])
+def test_batches_of_arrays_have_the_bits_of_images_one_by_one(shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    items = [rng.integers(0, 256, shape, dtype=np.uint8) for _ in range(6)]
+    images = Images(items, range(6), 'L' if len(shape) == 2 else 'RGB')
+    images.transform = create_transform(  # type: ignore
+        (3, 8, 8), is_training=True, no_aug=True, use_prefetcher=True, interpolation='bilinear'
+    )
+    assert images.stacks(8) and not images.stacks(9)
+    x, y = fast_collate(images.__getitems__([4, 1, 3]))
+    images.stacked = True
+    fast, targets = images.__getitems__([4, 1, 3])
+    assert fast.dtype == x.dtype == torch.uint8 and torch.equal(fast, x) and torch.equal(targets, y)
+    images.items[2] = items[2][:7]
+    assert not images.stacks(8)
