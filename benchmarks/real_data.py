@@ -20,11 +20,11 @@ from pathlib import Path
 # ResNet-50's blocks, one for each stage, since sk and gsop stand in no others; widths that all fit.
 NET = '--cifar-stem --model-kwargs layers=[1,1,1,1] channels=[32,64,96,128]'
 FASHION = '--data fashion-mnist --opt adamw --lr 4e-3 --weight-decay 0.05 --warmup-epochs 1'
-SHARE = dict(images=12000, test=10000, epochs=6)
+SIZES = {'cbam-order': (12000, 10000, 6), 'fashion-attn': (6400, 10000, 4)}  # Training and test images, epochs.
 
 
-def commands(scale: float, device: str, data_dir: str | None) -> dict[str, tuple[list[str], list[int]]]:
-    """Arguments of `timm-attn compare` by folder, and how many seeds are done before the next folder's turn.
+def commands(scale: float, device: str, data_dir: str | None) -> dict[str, list[str]]:
+    """Arguments of `timm-attn compare` by folder.
 
     Args:
         scale: Part of the images and, where it is small, of the epochs.
@@ -36,10 +36,12 @@ def commands(scale: float, device: str, data_dir: str | None) -> dict[str, tuple
     cbam = [f"{order}=cbam_resnet50:attn_args={{'order':'{order}'}}" for order in ORDERS]
     attn = [f'{name}={name}_resnet50' for name in list_attn()]
     plain = 'plain=resnet50'
-    few = max(1, round(SHARE['epochs'] * min(1, 4 * scale)))
-    images = f'{max(50, round(SHARE["images"] * scale))},{max(50, round(SHARE["test"] * scale))}'
     batch = '128' if scale > 0.1 else '16'
-    shared = [*NET.split(), *FASHION.split(), '--images', images, '--batch-size', batch, '--epochs', str(max(2, few))]
+    shared = {}
+    for name, (train, test, epochs) in SIZES.items():
+        images = f'{max(50, round(train * scale))},{max(50, round(test * scale))}'
+        sizes = ['--images', images, '--batch-size', batch, '--epochs', str(max(2, round(epochs * min(1, 4 * scale))))]
+        shared[name] = [*NET.split(), *FASHION.split(), *sizes]
     lab = ['--preset', 'se-lab']
     if scale < 1:
         lab += [
@@ -51,8 +53,8 @@ def commands(scale: float, device: str, data_dir: str | None) -> dict[str, tuple
     common = ['--device', device, *(['--data-dir', data_dir] if data_dir else [])]
     return {
         'se-lab': [*lab, *common],
-        'cbam-order': ['--models', ','.join([plain, *cbam]), *shared, *common],
-        'fashion-attn': ['--models', ','.join([plain, *attn]), *shared, *common],
+        'cbam-order': ['--models', ','.join([plain, *cbam]), *shared['cbam-order'], *common],
+        'fashion-attn': ['--models', ','.join([plain, *attn]), *shared['fashion-attn'], *common],
     }
 
 
@@ -105,7 +107,7 @@ def identity(args: argparse.Namespace, out: Path, seeds: int) -> None:
     import identity_start
 
     if args.scale < 1:
-        identity_start.SETTINGS.update(train=max(128, round(2000 * args.scale)), val=max(100, round(2000 * args.scale)))
+        identity_start.SETTINGS.update(train=max(128, round(1600 * args.scale)), val=max(100, round(2000 * args.scale)))
     for i in range(seeds):
         argv = ['--weights', str(args.weights), '--out', str(out), '--device', args.device]
         argv += ['--seed', str((args.worker + i) % seeds), *(['--data-dir', args.data_dir] if args.data_dir else [])]

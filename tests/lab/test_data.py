@@ -384,3 +384,25 @@ def test_batches_of_arrays_have_the_bits_of_images_one_by_one(shape: tuple[int, 
     assert fast.dtype == x.dtype == torch.uint8 and torch.equal(fast, x) and torch.equal(targets, y)
     images.items[2] = items[2][:7]
     assert not images.stacks(8)
+
+
+def test_torchvisions_sets_by_timms_names(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    raw = tmp_path / 'KMNIST' / 'raw'
+    raw.mkdir(parents=True)
+    held = {}
+    for part, n in (('train', 30), ('t10k', 20)):
+        images, labels = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8), np.arange(n, dtype=np.uint8) % 10
+        held[part] = images
+        for kind, array in (('images-idx3', images), ('labels-idx1', labels)):
+            header = bytes([0, 0, 8, array.ndim]) + b''.join(s.to_bytes(4, 'big') for s in array.shape)
+            (raw / f'{part}-{kind}-ubyte').write_bytes(header + array.tobytes())
+    data = load_data('torch/kmnist', data_dir=tmp_path)
+    assert (len(data.train), len(data.val), len(data.classes), data.img_size, data.in_chans) == (30, 20, 10, 28, 1)
+    assert np.array_equal(np.asarray(data.val.image(7)), held['t10k'][7]) and data.val.targets[7] == 7
+    assert data.mean[0] == pytest.approx(held['train'].mean() / 255, abs=1e-4)
+    assert data.std[0] == pytest.approx(held['train'].std() / 255, abs=1e-4)
+    with pytest.raises(ValueError, match=r'No torch/mnist of arrays in .*: give its folder by --data-dir'):
+        load_data('torch/mnist', data_dir=tmp_path)
+    with pytest.raises(ValueError, match=r'No torch/nothing of arrays in .*Unknown torchvision dataset nothing'):
+        load_data('torch/nothing', data_dir=tmp_path)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch.utils.data
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset
 
 from ..explain.images import check_image, class_of, endings, find_images, hidden, natural, open_image, skipped_line
 from ..optional import require
@@ -206,7 +206,8 @@ def load_data(
     val. Without splits a fifth of each class is kept for measuring.
 
     Args:
-        name: 'digits' (inside scikit-learn), 'fashion-mnist', 'cifar10', 'cifar100', or the path of a folder.
+        name: 'digits' (inside scikit-learn), 'fashion-mnist', 'cifar10', 'cifar100', one of timm's names of
+            torchvision's small sets, such as 'torch/kmnist', or the path of a folder.
         data_dir: Where the named data sets lie or go.
         download: Fetch what is missing.
         val_dir: Folder of the images to measure on, for a folder of images.
@@ -228,6 +229,8 @@ def load_data(
         return _fashion_mnist([root] if data_dir else [root, _DEBIAN])
     if name in ('cifar10', 'cifar100'):
         return _cifar(str(name), root, download)
+    if str(name).startswith('torch/'):
+        return _of_timm(str(name), root, download)
     if Path(name).is_dir():
         data = _folder(Path(name), *(Path(d) if d else None for d in (val_dir, test_dir)))
         _logger.info(
@@ -393,6 +396,33 @@ def _torchvision(cls: Callable[..., Any], name: str, root: Path, train: bool, do
         if download:
             raise ValueError(f"Could not fetch {name} into '{root}' ({why}): check the network.") from e
         raise ValueError(f"No {name} in '{root}' ({why}): give its folder by --data-dir, or pass --download.") from e
+
+
+def _of_timm(name: str, root: Path, download: bool) -> Data:
+    """Torchvision's sets by timm's names, those that are arrays in memory: torch/mnist, torch/kmnist, ..."""
+    try:
+        parts: list[Any] = [
+            create_dataset(name, root=str(root), split=split, download=download) for split in ('train', 'validation')
+        ]
+        arrays = [(np.asarray(part.data), [int(t) for t in part.targets]) for part in parts]
+    except (RuntimeError, OSError, AttributeError, AssertionError) as e:
+        raise ValueError(
+            f"No {name} of arrays in '{root}' ({' '.join(str(e).split())}): give its folder by --data-dir, or pass "
+            '--download; of a set that is no array, write a folder with one folder per class.'
+        ) from e
+    (x, y), (x_val, y_val) = arrays
+    pixels = x.reshape(-1, 1 if x.ndim == 3 else x.shape[-1]) / 255
+    return Data(
+        name=name,
+        train=Images(list(x), y, 'L' if x.ndim == 3 else 'RGB'),
+        val=Images(list(x_val), y_val, 'L' if x.ndim == 3 else 'RGB'),
+        classes=[str(c) for c in parts[0].classes],
+        img_size=x.shape[1],
+        mean=tuple(pixels.mean(0).round(4).tolist()),
+        std=tuple(pixels.std(0).round(4).tolist()),
+        augment=dict(no_aug=True),
+        measured='its test set',
+    )
 
 
 def _cifar_binary(name: str, folder: Path) -> tuple[tuple[np.ndarray, list[int]], tuple[np.ndarray, list[int]], list]:

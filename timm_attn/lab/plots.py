@@ -66,7 +66,8 @@ def comparison(table: Sequence[Row], path: str | Path, *, title: str, clock: str
 
 
 def _seeds(axis: Any, values: Sequence[float], i: int) -> None:
-    axis.scatter(values, [i] * len(values), s=16, color=style(i)['color'], alpha=0.35, linewidths=0)
+    # Below the mean, whose interval would hide them; equal values are darker.
+    axis.scatter(values, [i + 0.24] * len(values), s=16, color=style(i)['color'], alpha=0.4, linewidths=0)
 
 
 def _mean(axis: Any, i: int, mean: float, low: float, high: float) -> None:
@@ -80,6 +81,8 @@ def _mean(axis: Any, i: int, mean: float, low: float, high: float) -> None:
 def curves(runs: Sequence[dict[str, Any]], labels: Sequence[str], path: str | Path, *, title: str) -> None:
     """Draws held-out error and training loss by epoch: the mean over seeds, and the range from lowest to highest.
 
+    Of more models than there are colours the error alone is drawn, each in a panel of its own beside the first.
+
     Args:
         runs: Records as `train.run` returns them.
         labels: The models, in the order of the table.
@@ -87,34 +90,62 @@ def curves(runs: Sequence[dict[str, Any]], labels: Sequence[str], path: str | Pa
         title: Above the panels.
     """
     plt = _pyplot()
-    ticker = require('matplotlib.ticker', 'lab')
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout='constrained')
-    figure.suptitle(title, fontsize=13)
     numbers: tuple[tuple[str, Callable[[dict[str, float]], float]], ...] = (
         ('top-1 error on held-out images, %', lambda h: max(100 - h['top1'], 0.05)),  # A logarithm has no zero.
         ('training loss', lambda h: h['train_loss']),
     )
-    for axis, (label, number) in zip(axes, numbers, strict=True):
-        for i, name in enumerate(labels):
-            histories = [[number(h) for h in r['history']] for r in runs if r['model']['label'] == name]
-            if not histories:
-                continue
-            values = np.asarray(histories)  # (seeds, epochs)
-            epochs = np.arange(1, values.shape[1] + 1)
-            axis.plot(epochs, values.mean(0), label=name, markersize=4.5, linewidth=1.6, **style(i))
-            if len(values) > 1:
-                colour = style(i)['color']
-                axis.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0)
-        axis.set_xlabel('epoch')
-        axis.set_ylabel(label)
+    histories = {name: [r['history'] for r in runs if r['model']['label'] == name] for name in labels}
+    there = [name for name in labels if histories[name]]
+    if len(there) <= len(COLOURS):
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), layout='constrained')
+        for axis, (label, number) in zip(axes, numbers, strict=True):
+            for name in there:
+                _curve(axis, histories[name], number, name, labels.index(name))
+            axis.set_ylabel(label)
+            axis.set_xlabel('epoch')
+        _legend(figure, axes[0])
+    else:  # No picture holds so many lines: a panel for each model, with the first one's line for comparison.
+        lines = -(-(len(there) - 1) // 5)
+        figure, grid = plt.subplots(
+            lines, 5, figsize=(13, 0.8 + 2.2 * lines), layout='constrained', sharex=True, sharey=True, squeeze=False
+        )
+        axes = grid.ravel()[: len(there) - 1]
+        for axis, name in zip(axes, there[1:], strict=True):
+            _curve(axis, histories[there[0]], numbers[0][1], there[0], 0)
+            _curve(axis, histories[name], numbers[0][1], name, 1)
+            axis.set_title(name, fontsize=10)
+        for axis in grid.ravel()[len(there) - 1 :]:
+            axis.axis('off')
+        for axis in axes[-5:]:  # The lowest of each column.
+            axis.tick_params(labelbottom=True)
+            axis.set_xlabel('epoch')
+        figure.supylabel(
+            f'{numbers[0][0]} (black circles: {there[0]}; blue squares: the model named above)', fontsize=9
+        )
+    figure.suptitle(title, fontsize=13)
+    for axis in axes:
         axis.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
-        axis.set_yscale('log')
-        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter('{x:g}')
-        axis.yaxis.set_minor_locator(ticker.NullLocator())
+        _log_scale(axis)
         axis.grid(alpha=0.25)
-    _legend(figure, axes[0])
     _save(figure, path)
+
+
+def _curve(
+    axis: Any, histories: Sequence[Any], number: Callable[[dict[str, float]], float], name: str, index: int
+) -> None:
+    values = np.asarray([[number(h) for h in history] for history in histories])  # (seeds, epochs)
+    epochs = np.arange(1, values.shape[1] + 1)
+    axis.plot(epochs, values.mean(0), label=name, markersize=4.5, linewidth=1.6, **style(index))
+    if len(values) > 1:
+        axis.fill_between(epochs, values.min(0), values.max(0), color=style(index)['color'], alpha=0.12, linewidth=0)
+
+
+def _log_scale(axis: Any) -> None:
+    ticker = require('matplotlib.ticker', 'lab')
+    axis.set_yscale('log')
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter('{x:g}')
+    axis.yaxis.set_minor_locator(ticker.NullLocator())
 
 
 def attention(
