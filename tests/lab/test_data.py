@@ -382,7 +382,7 @@ def test_batches_of_arrays_have_the_bits_of_images_one_by_one(shape: tuple[int, 
     images.stacked = True
     fast, targets = images.__getitems__([4, 1, 3])
     assert fast.dtype == x.dtype == torch.uint8 and torch.equal(fast, x) and torch.equal(targets, y)
-    images.items[2] = items[2][:7]
+    items[2] = items[2][:7]
     assert not images.stacks(8)
 
 

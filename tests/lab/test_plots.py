@@ -122,6 +122,14 @@ def test_labels_of_curves_neither_collide_nor_leave_the_picture(
     ]
     plots.curves(runs, labels, tmp_path / 'c.png', title='digits')
     assert_texts_apart_and_inside(drawn[0])
+    if len(labels) > len(plots.COLOURS):  # A panel for each model, with the first beside it.
+        first = [60 * 0.7**e for e in range(1, 16)]
+        panels = [a for a in drawn[0].axes if a.lines]
+        assert len(panels) == len(labels) - 1
+        for i, axis in enumerate(panels, 1):
+            assert axis.lines[0].get_ydata().tolist() == pytest.approx(first)
+            assert axis.lines[1].get_ydata().tolist() == pytest.approx([e + i for e in first])
+            assert axis.get_title().endswith(f'number {i}')
 
 
 def test_error_without_a_mistake_has_a_place_on_the_logarithmic_axis(drawn: list[Any], tmp_path: Path) -> None:

@@ -105,7 +105,8 @@ class Images(torch.utils.data.Dataset):
         """The samples of a batch, for torch's loader; where they are `stacked`, as two tensors."""
         if not self.stacked:
             return [self[i] for i in indices]
-        x = np.stack([self.items[i] for i in indices])  # (N, H, W) or (N, H, W, 3)
+        items: Any = self.items
+        x = np.stack([items[i] for i in indices])  # (N, H, W) or (N, H, W, 3)
         x = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)
         return torch.from_numpy(np.ascontiguousarray(x)), torch.tensor([self.targets[i] for i in indices])
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..explain.panels import short
 from ..files import atomic_write
 from ..layers import Gate
 from ..optional import require
@@ -113,7 +114,7 @@ def curves(runs: Sequence[dict[str, Any]], labels: Sequence[str], path: str | Pa
         for axis, name in zip(axes, there[1:], strict=True):
             _curve(axis, histories[there[0]], numbers[0][1], there[0], 0)
             _curve(axis, histories[name], numbers[0][1], name, 1)
-            axis.set_title(name, fontsize=10)
+            axis.set_title(short(name, 26), fontsize=10)
         for axis in grid.ravel()[len(there) - 1 :]:
             axis.axis('off')
         for axis in axes[-5:]:  # The lowest of each column.

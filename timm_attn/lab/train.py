@@ -340,19 +340,20 @@ def deterministic(device: torch.device) -> Iterator[None]:
     """Deterministic algorithms inside the block; on a GPU an operation without one warns, on a CPU there is none."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark = torch.backends.cudnn.benchmark
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    filling: Any = torch.utils.deterministic  # Its one attribute is set by a trick that type checkers miss.
+    filled = filling.fill_uninitialized_memory
     if device.type == 'cuda':
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS reads it when it is first used.
     torch.use_deterministic_algorithms(True, warn_only=device.type != 'cpu')
     torch.backends.cudnn.benchmark = False
     # Filling each new tensor guards code that reads what it never wrote; it costs a pass over memory for each.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    filling.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.backends.cudnn.benchmark = benchmark
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        filling.fill_uninitialized_memory = filled
 
 
 def _train_epoch(
