@@ -314,8 +314,11 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument('--seeds', type=int, default=5)
     p.add_argument('--seed', type=int, help='this one only, so that processes can share the work')
     p.add_argument('--device', default='cpu', help='cpu or cuda')
+    for name, value in SETTINGS.items():
+        p.add_argument(f'--{name.replace("_", "-")}', type=type(value), default=value, help=f'default: {value}')
     p.add_argument('--report', action='store_true', help='run nothing, write table and picture')
     args = p.parse_args(argv)
+    SETTINGS.update({name: getattr(args, name) for name in SETTINGS})
     torch.backends.cudnn.allow_tf32 = False  # An identity start is to begin with the very outputs of no attention.
     if args.report:
         report(args.out)

@@ -500,7 +500,7 @@ def test_nearly_equal_gates_look_equal_and_all_panels_of_a_kind_share_a_scale() 
     figure = draw_explanation(shown(True, near))
     assert clims(figure) == [(0.0, 1.0)]
     words = [t for t, _ in texts(figure)]
-    assert '4 x 4, 0.4995 to 0.5025' in words and words.count('spatial') == 1
+    assert '4 x 4, 0.4995 to 0.5025' in words and words.count('gate (spatial)') == 1
     # What multiplies nothing has no natural scale: a tenth of its size at least.
     ((low, high),) = clims(draw_explanation(shown(False, near)))
     assert high - low == pytest.approx(0.05025) and (low + high) / 2 == pytest.approx(0.501)

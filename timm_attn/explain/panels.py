@@ -136,6 +136,15 @@ def scale_of(values: Sequence[Tensor], gate: Gate) -> Scale:
     return low - room, high + room
 
 
+def quantity(gate: Gate) -> str:
+    """What the numbers of a panel are, for its axis or bar of colours.
+
+    Args:
+        gate: What they are.
+    """
+    return f'gate ({gate.title})' if gate.multiplies and 'gate' not in gate.title else gate.title
+
+
 def draw_panel(axes: 'Axes', values: Tensor, gate: Gate, scale: Scale, image: np.ndarray) -> None:
     """Draws one gate of one image.
 
@@ -148,7 +157,7 @@ def draw_panel(axes: 'Axes', values: Tensor, gate: Gate, scale: Scale, image: np
     """
     form = form_of(gate.axes)
     if form == 'map':
-        draw_map(axes, values, gate.title, scale, image)
+        draw_map(axes, values, quantity(gate), scale, image)
     elif form == 'branches':
         _draw_branches(axes, values, gate, scale)
     elif form == 'bars':
@@ -205,7 +214,7 @@ def _draw_bars(axes: 'Axes', values: Tensor, gate: Gate, scale: Scale) -> None:
     if said[0].isdigit() or said[0] == '-':
         said += f'; strongest {", ".join(str(int(c)) for c in values.argsort(descending=True)[:4])}'
     axes.set_xlabel(f'{where}{counts}\n{said}', fontsize=8)
-    axes.set_ylabel(gate.title, fontsize=8)
+    axes.set_ylabel(quantity(gate), fontsize=8)
     axes.tick_params(labelsize=8)
 
 
@@ -237,7 +246,7 @@ def _draw_branches(axes: 'Axes', values: Tensor, gate: Gate, scale: Scale) -> No
         f'{range_text(values[-1])}; most {", ".join(str(int(c)) for c in order[:5])}',
         fontsize=8,
     )
-    axes.set_ylabel(gate.title, fontsize=8)
+    axes.set_ylabel(quantity(gate), fontsize=8)
     axes.tick_params(labelsize=8)
 
 
@@ -252,7 +261,7 @@ def _draw_matrix(axes: 'Axes', values: Tensor, gate: Gate, scale: Scale) -> None
         where = f'{"mean of all, " if heads else ""}{_size(values)}'
     axes.set_xlabel(f'{where}; {range_text(values)}', fontsize=8)
     axes.tick_params(labelsize=8)
-    colour_bar(axes, shown, gate.title)
+    colour_bar(axes, shown, quantity(gate))
 
 
 _NAMES = {'C': 'channels', 'D': 'features', 'K': 'heads', 'G': 'groups', 'B': 'branches', 'H': 'rows', 'W': 'columns'}
