@@ -145,6 +145,43 @@ def costs_table() -> str:
     return markdown_table(head, lines)
 
 
+def machines_table() -> str:
+    """What the gradients of a ResNet-50 with each attention weigh, and what each GPU of eight sends a step."""
+    rows = []
+    for name in ('resnet50', *(f'{attn}_resnet50' for attn in list_attn())):
+        model = timm.create_model(name, device='meta')
+        weights = 4 * sum(p.numel() for p in model.parameters())
+        buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+        rows.append(
+            (
+                f'`{name}`',
+                f'{weights // 4:,}',
+                f'{weights / 1e6:.1f}',
+                f'{2 * 7 / 8 * weights / 1e6:.1f}',
+                f'{buffers / 1e6:.2f}',
+                f'{(2 * weights + buffers) / 1e6:.0f}',
+            )
+        )
+    head = ('model', 'parameters', 'all-reduced, MB a step', 'sent by each of 8 GPUs, MB a step', 'BatchNorm, MB')
+    return markdown_table((*head, 'checkpoint with SGD, MB'), rows)
+
+
+def hosts_table() -> str:
+    """What a step of train.py sent from each of two hosts."""
+    rows = [
+        (
+            f'`{m["model"]}`',
+            f'{m["parameter_bytes"] / 1e6:.2f}',
+            f'{m["buffer_bytes"] / 1e6:.2f}',
+            *(f'{sent / 1e6:.2f}' for sent in m['sent_per_step']),
+            'yes' if m['same_weights_as_one_host'] else 'no',
+        )
+        for m in json.loads((RESULTS / 'two_hosts.json').read_text(encoding='utf-8'))['models']
+    ]
+    head = ('model', '4 x parameters, MB', 'BatchNorm, MB', 'sent by host 0, MB a step', 'sent by host 1, MB a step')
+    return markdown_table((*head, 'weights bit-equal to one host with two processes'), rows)
+
+
 Table = Callable[[], str]
 PAGES: dict[Path, dict[str, Table]] = {
     ROOT / 'README.md': {'attentions': attentions_table},
@@ -153,6 +190,7 @@ PAGES: dict[Path, dict[str, Table]] = {
     ROOT / 'docs/speed.md': {'bytes': bytes_table, 'times': times_table},
     ROOT / 'docs/fidelity.md': {'parity': parity_table},
     ROOT / 'docs/choose.md': {'costs': costs_table},
+    ROOT / 'docs/many-machines.md': {'hosts': hosts_table, 'machines': machines_table},
 }
 
 
