@@ -252,6 +252,10 @@ def test_records_edited_by_hand_give_the_promised_error_whatever_was_changed(
     [
         (dict(models=(Entry('plain', 'resnet18'), Entry('x', 'cbma_resnet18'))), r'did you mean .*cbam_resnet18'),
         (dict(models=(Entry('plain', 'resnet18', dict(colour='red')),)), r"'plain' \(resnet18\) cannot be built with"),
+        (
+            dict(models=(Entry('A', 'injected', dict(attn='sse')),)),
+            r"'A' \(injected\) cannot be built with .*: Unknown attention 'sse'. Did you mean",
+        ),
         (dict(models=(Entry('plain', 'vit_tiny_patch16_224'),)), r"'plain' takes no images of 8 pixels"),
         (dict(settings=dict(opt='adamm')), r"'opt' \(=adamm\) \(did you mean .*adam"),
         (dict(settings=dict(batch_size=41)), r"'batch_size' \(=41\) exceeds the 40 training images"),

@@ -136,7 +136,7 @@ def build(entry: Entry, data: Data, settings: Settings) -> nn.Module:
     stem = not ours and args.pop('cifar_stem', False)
     try:
         model = timm.create_model(entry.name, pretrained=settings.pretrained, **args)
-    except (TypeError, RuntimeError) as e:
+    except (TypeError, RuntimeError, ValueError) as e:
         raise ValueError(f"'{entry.label}' ({entry.name}) cannot be built with {entry.args}: {e}") from e
     if stem:
         if not isinstance(model, ResNet):
