@@ -463,6 +463,15 @@ def test_large_attention_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     assert "'gam' adds 503 M parameters" in caplog.text
 
 
+def test_pairs_of_pixels_are_warned_of_where_maps_are_large(caplog: pytest.LogCaptureFixture) -> None:
+    for at in (None, r'layer4\.\d'):
+        inject(create_model('resnet50', device='meta'), 'nl', at=at)
+    inject(create_model('resnet50', device='meta'), 'se', at=r'layer1\.\d')
+    assert 'tokens' not in caplog.text
+    inject(create_model('resnet50', device='meta'), 'nl', at=r'layer[12]\.2')
+    assert "'nl' makes a matrix of 3136 x 3136 tokens in 'layer1.2.se', 39.3 MB an image" in caplog.text  # 56**4 * 4
+
+
 # Outputs of chosen modules.
 
 

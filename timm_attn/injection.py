@@ -33,6 +33,8 @@ STARTS = ('identity', 'paper')
 WHERE = ('auto', 'slot', 'output')
 FORMATS = ('NCHW', 'NHWC')
 LARGE = 100e6
+# Bytes of a float32 matrix of pixels by pixels, for an image: 28 x 28 pixels have 2.5 MB, 14 x 14 have 0.15.
+MANY_PAIRS = 1e6
 # Names of the child that gates a module's output.
 CHILDREN = ('attn', 'attn_gate')
 _WRAPPERS = {'DataParallel', 'DistributedDataParallel', 'FullyShardedDataParallel', 'FSDPModule'}
@@ -89,6 +91,7 @@ class Site:
             child that a hook calls.
         channels: Channels of the map there.
         scale: The factor that the model multiplies its output by.
+        pixels: Rows times columns of the map there, for the image that told the channels.
     """
 
     owner: str
@@ -96,6 +99,7 @@ class Site:
     kind: str
     channels: int = 0
     scale: float = 1.0
+    pixels: int = 0
 
     @property
     def name(self) -> str:
@@ -530,7 +534,8 @@ def _resolve(model: nn.Module, sites: list[Site], fmt: str, example: Any) -> lis
     found_sites = []
     for site, found in zip(sites, seen, strict=True):
         slot = '' if site.kind == 'hook' else site.child
-        channels = _channels(site.owner, found.probe.seen[0] if slot else found.output, fmt, square, slot)
+        map_ = found.probe.seen[0] if slot else found.output
+        channels = _channels(site.owner, map_, fmt, square, slot)
         new = site.kind
         if not slot and found.probe.seen:
             # The module ran the new child itself. It has to be the last step, as in nn.Sequential.
@@ -545,7 +550,8 @@ def _resolve(model: nn.Module, sites: list[Site], fmt: str, example: Any) -> lis
         elif not slot and site.child not in CHILDREN:
             # An nn.Sequential with a forward pass of its own, which did not run the new child.
             _refuse_container(model, site)
-        found_sites.append(Site(site.owner, site.child, new, channels, site.scale))
+        pixels = map_.shape[1:].numel() // channels
+        found_sites.append(Site(site.owner, site.child, new, channels, site.scale, pixels))
     return found_sites
 
 
@@ -775,6 +781,12 @@ def inject(
     size = sum(p.numel() for m in modules for p in m.parameters())
     if size > LARGE:
         _logger.warning("'%s' adds %.0f M parameters; a smaller rd_ratio or more groups give fewer.", name, size / 1e6)
+    largest = max(sites, key=lambda site: site.pixels)
+    if attn.cls.pairs_of_pixels and 4 * largest.pixels**2 > MANY_PAIRS:
+        _logger.warning(
+            "'%s' makes a matrix of %d x %d tokens in '%s', %.1f MB an image: choose later stages with `at`.",
+            *(name, largest.pixels, largest.pixels, largest.name, 4 * largest.pixels**2 / 1e6),
+        )
     return model
 
 

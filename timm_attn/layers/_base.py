@@ -87,6 +87,7 @@ class Attention(nn.Module):
         recomputable: The output depends on input, parameters, buffers and modes alone, and a pass changes nothing but
             running statistics of BatchNorms. So a fused block may run it again in the backward pass, and keep nothing
             of it. Of the class that declares it, not of its subclasses.
+        pairs_of_pixels: It makes a float32 matrix of pixels by pixels for each image, so large maps cost much.
     """
 
     kinds: ClassVar[Mapping[str, Gate]] = {}
@@ -96,6 +97,7 @@ class Attention(nn.Module):
     statistics: tuple[str, ...] = ()
     gain: float
     recomputable: ClassVar[bool] = False
+    pairs_of_pixels: ClassVar[bool] = False
 
     def __init__(self, neutral_gate: float | None) -> None:
         super().__init__()

@@ -47,6 +47,7 @@ class NonLocal(Attention):
 
     kinds: ClassVar[Mapping[str, Gate]] = {'spatial': Gate('HW', 'attention received', multiplies=False)}
     recomputable = True
+    pairs_of_pixels = True
     keywords = ('self-attention',)
 
     def __init__(
