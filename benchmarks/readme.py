@@ -5,20 +5,29 @@ Tables come from the registry, the weights table and `benchmarks/results/`; a te
 
 import functools
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 
 from timm_attn import create_attn, get_attn, list_attn
-from timm_attn.bench import OURS, fastest_peer, kinds
+from timm_attn.bench import BASELINE, COMPILED, OURS, USUAL, fastest_peer, kinds, losses, unusual
 from timm_attn.cli.list import markdown_table, models_table
+from timm_attn.measure import count
 from timm_attn.weights import TAGS, weights_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'benchmarks/results'
+
+
+def _read(name: str) -> Any:
+    """A file of results, None where it has not been made."""
+    path = RESULTS / name
+    return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
 
 
 def attentions_table() -> str:
@@ -41,6 +50,7 @@ def _facts(name: str) -> dict[str, Any]:
         'neutral': attn.neutral_gate,
         'positions': 'H' in gates or 'W' in gates,
         'channels': 'C' in gates.replace('CHW', '').replace('CC', ''),
+        'sees': ', '.join(w for w, axes in (('channels', 'C'), ('positions', 'HW')) if set(axes) & set(gates)),
         'self-attention': 'self-attention' in attn.keywords,
         'trained': any(t.status == 'trained' and t.model in depths for t in TAGS),
         'warm': any(t.status == 'warm' and t.model in depths for t in TAGS),
@@ -57,18 +67,36 @@ def reference_table() -> str:
         equation = spec.equation.replace('|', '\\|')
         paper = f'[{spec.year}]({spec.paper})'
         licence = f'[{spec.licence}]({spec.code})' if spec.code else "the project's own"
-        rows.append((f'`{name}`', equation, spec.place, f'{facts["parameters"]:,}', neutral, weights, licence, paper))
-    head = ('name', 'equation', 'place in a ResNet', 'parameters, C = 256', 'neutral', 'weights', 'its code', 'paper')
-    return markdown_table(head, rows)
+        ratios = _ratios().get((name, 'train'), {})
+        cost = f'{ratios["eager"]:.2f} / {ratios["fused"]:.2f}' if ratios else '-'
+        size = f'{facts["parameters"]:,}'
+        row = (equation, facts['sees'], spec.place, size, cost, neutral, weights, licence, paper)
+        rows.append((f'`{name}`', *row))
+    head = (
+        'equation',
+        'sees',
+        'place in a ResNet',
+        'parameters, C = 256',
+        'step',
+        'neutral',
+        'weights',
+        'code',
+        'paper',
+    )
+    return markdown_table(('name', *head), rows)
 
 
 def needs_table() -> str:
     """The attentions that answer a need."""
     facts = {name: _facts(name) for name in list_attn()}
     cheapest = sorted(facts, key=lambda n: facts[n]['parameters'])[:6]
+    trained = {a: ratios for (a, mode), ratios in _ratios().items() if mode == 'train' and a in facts}
+    quick = [sorted(trained, key=lambda a: trained[a][way])[:6] for way in ('eager', 'fused')]
     needs: dict[str, list[str]] = {
         'no parameters': [n for n, f in facts.items() if not f['parameters']],
         'cheapest in parameters, the fewest first': cheapest,
+        'cheapest to train as it is, the quickest first (measured)': quick[0],
+        'cheapest to train fused, the quickest first (measured)': quick[1],
         'sees positions': [n for n, f in facts.items() if f['positions']],
         'weights channels alone': [n for n, f in facts.items() if f['channels'] and not f['positions']],
         'self-attention': [n for n, f in facts.items() if f['self-attention']],
@@ -85,7 +113,7 @@ def needs_table() -> str:
 
 def parity_table() -> str:
     """Largest gap of each golden file, as measured."""
-    record = json.loads((RESULTS / 'parity.json').read_text(encoding='utf-8'))
+    record = _read('parity.json')
     kinds = ('output', 'input gradient', 'parameter gradients', 'buffers')
     rows = [
         (f'`{name}`', *(f'{gaps[kind]:.1e}' if gaps.get(kind) is not None else '-' for kind in kinds))
@@ -96,7 +124,7 @@ def parity_table() -> str:
 
 def bytes_table() -> str:
     """Bytes kept for backward, eager and fused, with the ratio to the plain model's."""
-    rows = {r['model']: r for r in json.loads((RESULTS / 'memory.json').read_text(encoding='utf-8'))['rows']}
+    rows = {r['model']: r for r in _read('memory.json')['rows']}
 
     def cell(name: str) -> str:
         return f'{rows[name]["kept_bytes"] / 1e6:.1f} MB ({rows[name]["kept_bytes_ratio"]:.2f})'
@@ -105,44 +133,169 @@ def bytes_table() -> str:
     return markdown_table(('model', 'eager', 'fused'), [(n, cell(n), cell(f'{n} fused')) for n in names])
 
 
+def _ratio_of(cell: dict[str, Any]) -> dict[str, float]:
+    return {kind: row['ratio'] for kind, row in kinds(cell).items()}
+
+
 @functools.cache
-def _ratios() -> dict[tuple[str, str, str], dict[str, float]]:
-    """Attention, mode and type of the cells of batch 4 at 224 pixels and depth 50 -> the ratio of each kind of row."""
-    cells = json.loads((RESULTS / 'speed.json').read_text(encoding='utf-8'))
-    return {
-        (c['attn'], c['mode'], c['dtype']): {kind: row['ratio'] for kind, row in kinds(c).items()}
-        for c in cells
-        if (c['batch'], c['size'], c['depth']) == (4, 224, 50)
-    }
+def _ratios() -> dict[tuple[str, str], dict[str, float]]:
+    """Attention and mode of the cells measured in the usual conditions -> the ratio of each kind of row."""
+    return {(c['attn'], c['mode']): _ratio_of(c) for c in _read('speed.json') if not unusual(c)}
+
+
+WAYS = (*OURS, COMPILED[0])
+
+
+def _times(ratios: dict[str, float]) -> tuple[str, ...]:
+    """Ours, torch.compile's, the fastest peer's, and where ours loses."""
+    best = fastest_peer(ratios)
+    ours = [f'{ratios[k]:.2f}' if k in ratios else '-' for k in WAYS]
+    return (*ours, f'{ratios[best]:.2f} ({best})' if best else '-', '; '.join(losses(ratios)) or '-')
+
+
+TIMES = (*OURS, '`torch.compile`', 'fastest peer', 'loses')
 
 
 def times_table() -> str:
-    """Time beside the plain model's, in float32: eager, fused, frozen, and the fastest of the peers in the same run."""
+    """Time beside the plain model's in the usual conditions: ours, torch.compile, the fastest peer of the same run."""
+    lines = [(attn, mode, *_times(r)) for (attn, mode), r in sorted(_ratios().items()) if attn != BASELINE]
+    plain = [
+        (BASELINE, mode, '1.00', *_times({k.removeprefix(f'{BASELINE} '): v for k, v in ratios.items()})[1:])
+        for (attn, mode), ratios in sorted(_ratios().items())
+        if attn == BASELINE
+    ]
+    return markdown_table(('attention', 'mode', *TIMES), plain + lines)
+
+
+def conditions_table() -> str:
+    """The same in other conditions, which the third column names."""
+    lines = [
+        (cell['attn'], cell['mode'], unusual(cell), *_times(_ratio_of(cell)))
+        for cell in _read('speed.json')
+        if unusual(cell) and cell['attn'] != BASELINE
+    ]
+    return markdown_table(('attention', 'mode', 'conditions', *TIMES), sorted(lines))
+
+
+def _fit(points: list[tuple[float, float, float]]) -> tuple[list[float], float]:
+    """Least squares of ratio = a + b log2(batch / 4) + c log2(size / 224), and the largest miss."""
+    x = torch.tensor([[1, math.log2(b / 4), math.log2(s / 224)] for b, s, _ in points], dtype=torch.float64)
+    y = torch.tensor([[r] for *_, r in points], dtype=torch.float64)
+    solution = torch.linalg.lstsq(x, y).solution
+    return solution[:, 0].tolist(), float((x @ solution - y).abs().max())
+
+
+def growth_table() -> str:
+    """How the ratio to the plain model grows: a fit over all batches and sizes that were measured."""
+    points: dict[tuple[str, int, str, str], list[tuple[float, float, float]]] = {}
+    for cell in _read('speed.json'):
+        if not unusual({**cell, 'batch': USUAL['batch'], 'size': USUAL['size'], 'depth': USUAL['depth']}):
+            for kind, ratio in _ratio_of(cell).items():
+                if kind in ('eager', 'fused'):
+                    key = (cell['attn'], cell['depth'], cell['mode'], kind)
+                    points.setdefault(key, []).append((cell['batch'], cell['size'], ratio))
     lines = []
-    for (attn, mode, dtype), ratios in _ratios().items():
-        if dtype != 'float32':
+    for (attn, depth, mode, kind), found in sorted(points.items()):
+        if len({b for b, *_ in found}) > 2 and len({s for _, s, _ in found}) > 2:
+            (start, by_batch, by_side), miss = _fit(found)
+            growth = (f'{start:.2f}', f'{by_batch:+.3f}', f'{by_side:+.3f}', f'{miss:.2f}')
+            lines.append((f'{attn}-{depth}', f'{mode}, {kind}', *growth))
+    head = ('model', 'ratio of', 'at batch 4, 224 px', 'each doubling of the batch', 'of the side', 'largest miss')
+    return markdown_table(head, lines)
+
+
+@functools.cache
+def _size(name: str) -> dict[str, int]:
+    return count(timm.create_model(name, device='meta'), (3, 224, 224))
+
+
+def arithmetic_table() -> str:
+    """What each attention adds to a ResNet-50's multiply-adds and parameters, counted."""
+    plain = _size('resnet50')
+    added = {a: {k: _size(f'{a}_resnet50')[k] / plain[k] - 1 for k in ('macs', 'params')} for a in list_attn()}
+    ranked = sorted(added, key=lambda a: (round(added[a]['macs'], 4), a))
+    lines = [(a, f'{100 * added[a]["macs"]:+.1f} %', f'{100 * added[a]["params"]:+.1f} %') for a in ranked]
+    return markdown_table(('attention', 'multiply-adds', 'parameters'), lines)
+
+
+def accuracy_text() -> str:
+    """Every attention in one small ResNet on Fashion-MNIST, once that has been run."""
+    found = _read('fashion-attn/results.json')
+    if found is None:
+        return 'Not measured yet.'
+    rows = {r['label']: r for r in found['rows']}
+    lines = []
+    for label, row in rows.items():
+        top1, gap, judged = row['top1'], row['difference'], row.get('judged')
+        interval = f'{gap["mean"]:+.2f} [{gap["low"]:+.2f}, {gap["high"]:+.2f}]' if gap else '-'
+        verdict = judged['verdict'] if judged else '-'
+        lines.append((label, f'{top1["mean"]:.2f}', interval, verdict))
+    head = ('model', 'top-1', 'beside plain, 95 % interval', 'all models judged together')
+    data, settings = found['data'], found['settings']
+    return (
+        f'{data["train"]:,} images to train, {data["val"]:,} to measure, {settings["epochs"]} epochs, '
+        f'{found["seeds"]} seeds.\n\n{markdown_table(head, lines)}'
+    )
+
+
+def gpu_text() -> str:
+    """What was measured on a GPU: networks, then blocks alone."""
+    found = _read('gpu.json')
+    if found is None:
+        return 'Not measured yet.'
+    nets = []
+    for cell in found['cells']:
+        if 'rows' not in cell:
+            nets.append((cell['attn'], cell['mode'], *['-'] * len(WAYS), '-', '-', f'fails: {cell["error"][:60]}'))
             continue
-        best = fastest_peer(ratios)
-        ours = [f'{ratios[k]:.2f}' if k in ratios else '-' for k in OURS]
-        lines.append((attn, mode, *ours, f'{ratios[best]:.2f} ({best})' if best else '-'))
-    return markdown_table(('attention', 'mode', *OURS, 'fastest peer'), lines)
+        rows = kinds({**cell, 'depth': found['depth']})
+        peak = [rows[k]['peak_bytes'] / rows[BASELINE]['peak_bytes'] for k in ('eager', 'fused') if k in rows]
+        times = _times({k: r['ratio'] for k, r in rows.items()})
+        nets.append((cell['attn'], cell['mode'], *times[:-1], ' / '.join(f'{p:.2f}' for p in peak), times[-1]))
+    blocks = [
+        (
+            b['attn'],
+            b['mode'],
+            b['block'],
+            f'{1e3 * b["block_seconds"]:.2f}',
+            f'{1e3 * b["convolution_seconds"]:.2f}',
+            f'{1e3 * b["bound_seconds"]:.2f}',
+            f'{b["over_bound"]:.2f}',
+        )
+        for b in found['blocks']
+    ]
+    head = ('block of', 'mode', 'block', 'all, ms', 'convolutions, ms', 'bound, ms', 'passes / bound')
+    where = found['environment']
+    return (
+        f'{where["machine"]}, torch {where["torch"]}, {found["date"]}: batch {found["batch"]}, {found["size"]} px, '
+        f'{found["dtype"]}, {found["layout"]}; made by `{found["command"]}`.\n\n'
+        + markdown_table(('attention', 'mode', *TIMES[:-1], 'peak, eager / fused', 'loses'), nets)
+        + '\n\n'
+        + markdown_table(head, blocks)
+    )
+
+
+def machine_text() -> str:
+    """The machine of the CPU's cells, and the days."""
+    cells = _read('speed.json')
+    machines = sorted({f'{c["environment"]["machine"]}, torch {c["environment"]["torch"]}' for c in cells})
+    days = sorted({c['date'] for c in cells})
+    return f'{"; ".join(machines)}; {days[0]}{"" if len(days) == 1 else f" to {days[-1]}"}; {len(cells)} cells.'
 
 
 def costs_table() -> str:
     """What each attention costs a ResNet-50: time and memory beside the plain model's, eager and at its best."""
-    memory = {r['model']: r for r in json.loads((RESULTS / 'memory.json').read_text(encoding='utf-8'))['rows']}
+    memory = {r['model']: r for r in _read('memory.json')['rows']}
     lines = []
     for attn in list_attn():
         times = []
         for mode, fused in (('inference', 'frozen'), ('train', 'fused')):
-            for dtype in ('float32', 'bfloat16'):
-                ratios = _ratios().get((attn, mode, dtype))
-                times.append(f'{ratios["eager"]:.2f} / {ratios[fused]:.2f}' if ratios else '-')
+            ratios = _ratios().get((attn, mode))
+            times.append(f'{ratios["eager"]:.2f} / {ratios[fused]:.2f}' if ratios else '-')
         rows = [memory.get(name) for name in (attn, f'{attn} fused')]
         kept = ' / '.join(f'{row["kept_bytes_ratio"]:.2f}' for row in rows if row) or '-'
         lines.append((attn, *times, kept))
-    head = ('attention', 'inference', 'inference, bf16', 'training', 'training, bf16', 'kept for backward')
-    return markdown_table(head, lines)
+    return markdown_table(('attention', 'inference', 'training', 'kept for backward'), lines)
 
 
 def machines_table() -> str:
@@ -187,10 +340,18 @@ PAGES: dict[Path, dict[str, Table]] = {
     ROOT / 'README.md': {'attentions': attentions_table},
     ROOT / 'docs/attentions.md': {'needs': needs_table, 'reference': reference_table},
     ROOT / 'docs/models.md': {'models': models_table, 'weights': weights_table},
-    ROOT / 'docs/speed.md': {'bytes': bytes_table, 'times': times_table},
+    ROOT / 'docs/speed.md': {
+        'arithmetic': arithmetic_table,
+        'bytes': bytes_table,
+        'machine': machine_text,
+        'times': times_table,
+        'conditions': conditions_table,
+        'growth': growth_table,
+        'gpu': gpu_text,
+    },
     ROOT / 'docs/fidelity.md': {'parity': parity_table},
-    ROOT / 'docs/choose.md': {'costs': costs_table},
     ROOT / 'docs/many-machines.md': {'hosts': hosts_table, 'machines': machines_table},
+    ROOT / 'docs/choose.md': {'needs': needs_table, 'costs': costs_table, 'accuracy': accuracy_text},
 }
 
 

@@ -1,44 +1,29 @@
-"""Writes results/speed.md and results/overhead.png from results/speed.json and results/memory.json.
+"""Writes results/speed.md, results/overhead.png and results/costs.png from results/speed.json and results/memory.json.
 
     python benchmarks/report.py
 
-Ratios are to plain timm ResNet-50 in the same rounds. A cell is marked where our best (fused or frozen) misses its
-target, or costs more than half the overhead of the best peer of the same run.
+Ratios are to plain timm ResNets in the same rounds. A row says where ours loses: eager against the fastest peer; fused
+against that, against eager, and against what torch.compile makes of the same model.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-from timm_attn.bench import OURS, fastest_peer, kinds
+from timm_attn.bench import BASELINE, kinds, losses, unusual
 from timm_attn.files import atomic_write
 from timm_attn.optional import require
 
 RESULTS = Path(__file__).parent / 'results'
 
-# attention: inference float32, inference bfloat16, training step
-TARGETS = {
-    **dict.fromkeys(('se', 'eca'), (1.03, 1.05, 1.05)),
-    **dict.fromkeys(('cbam', 'srm', 'bam'), (1.06, 1.12, 1.12)),
-    'triplet': (1.20, 1.40, 1.40),
+# Kind of row -> label, marker, colour (of Okabe and Ito, told apart by all eyes).
+STYLES = {
+    'eager': ('eager', 'o', '#D55E00'),
+    'fused': ('fused', '^', '#0072B2'),
+    'frozen': ('fused and frozen', 's', '#009E73'),
+    'compiled': ('torch.compile', 'D', '#CC79A7'),
 }
-
-
-def target(cell: dict[str, Any]) -> float | None:
-    targets = TARGETS.get(cell['attn'])
-    if targets is None:
-        return None
-    return targets[2] if cell['mode'] == 'train' else targets[cell['dtype'] == 'bfloat16']
-
-
-def verdict(cell: dict[str, Any], ratios: dict[str, float]) -> str:
-    ours = min(v for k, v in ratios.items() if k in OURS)
-    goal = target(cell)
-    notes = [] if goal is None or ours <= goal else [f'target {goal:.2f} missed']
-    best = fastest_peer(ratios)
-    if best and ours - 1 > max(ratios[best] - 1, 0) / 2:
-        notes.append(f'more than half the overhead of {best}')
-    return '; '.join(notes) or ('met' if goal is not None or best else '')
+PEERS = ('peers', 'x', '#000000')
 
 
 def markdown(cells: list[dict[str, Any]]) -> str:
@@ -46,30 +31,27 @@ def markdown(cells: list[dict[str, Any]]) -> str:
     lines = [
         '# Time beside plain ResNets',
         '',
-        f'{first["machine"]}, {first["threads"]} thread(s), torch {first["torch"]}, timm {first["timm"]}, '
+        f'{first["machine"]}, {first["cores"]} cores, torch {first["torch"]}, timm {first["timm"]}, '
         f'{first["capability"]}. Medians of interleaved rounds [quartiles], as ratios to '
-        "timm's plain eager ResNet in the same round, and of our best beside the plain one fused or frozen alike. "
-        'Compiling: seconds of the first step of the fused (frozen) model, less a median step, where inductor finds '
-        'on disk what an earlier run has compiled. Made by `python benchmarks/throughput.py`.',
+        "timm's plain eager ResNet in the same round. Usual conditions: batch 4, 224 pixels, depth 50, float32, one "
+        'thread, contiguous. First step: seconds, compilation included, where inductor finds on disk what an earlier '
+        'run has compiled. Made by `python benchmarks/throughput.py`.',
         '',
-        '| attention | mode | type | batch, size, depth, rounds | ratios | beside plain fused alike | compiling, s | |',
-        '|---|---|---|---|---|---|---|---|',
+        '| attention | mode | conditions | rounds | ratios | first step of fused, compiled, s | loses |',
+        '|---|---|---|---|---|---|---|',
     ]
     for cell in cells:
         rows = kinds(cell)
         shown = ', '.join(
             f'{k} {r["ratio"]:.3f} [{r["ratio_quartiles"][0]:.3f}, {r["ratio_quartiles"][1]:.3f}]'
             for k, r in rows.items()
-            if k != 'plain'
+            if k != BASELINE
         )
-        ratios = {k: r['ratio'] for k, r in rows.items()}
-        best = 'frozen' if 'frozen' in rows else 'fused'
-        compiling = rows[best]['first'] - rows[best]['median']
+        starts = (rows.get(k) or rows.get(f'{BASELINE} {k}') for k in ('fused', 'compiled'))
+        first_steps = ', '.join(f'{r["first"]:.0f}' if r else '-' for r in starts)
         lines.append(
-            f'| {cell["attn"]} | {cell["mode"]} | {cell["dtype"]} | '
-            f'{cell["batch"]}, {cell["size"]}, {cell["depth"]}, {cell["rounds"]} | {shown} | '
-            f'{ratios[best] / ratios[f"plain {best}"]:.3f} | {compiling:.0f} | '
-            f'{verdict(cell, ratios)} |'
+            f'| {cell["attn"]} | {cell["mode"]} | {unusual(cell) or "usual"} | {cell["rounds"]} | {shown} | '
+            f'{first_steps} | {"; ".join(losses({k: r["ratio"] for k, r in rows.items()})) or "-"} |'
         )
     return '\n'.join(lines) + '\n'
 
@@ -93,40 +75,117 @@ def memory_markdown(report: dict[str, Any]) -> str:
     return '\n'.join(lines) + '\n'
 
 
-def plot(cells: list[dict[str, Any]]) -> None:
+def overhead(cells: list[dict[str, Any]]) -> None:
+    """Time of every attention beside the plain model, in each way and of each peer."""
     require('matplotlib', 'bench')
     import matplotlib
 
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
-    cells = [c for c in cells if (c['batch'], c['size'], c['depth']) == (4, 224, 50)]
-    panels = list(dict.fromkeys((c['mode'], c['dtype']) for c in cells))
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), sharey=True, squeeze=False)
-    for axis, (mode, dtype) in zip(axes[0], panels, strict=True):
-        for x, cell in enumerate(c for c in cells if (c['mode'], c['dtype']) == (mode, dtype)):
-            for name, row in kinds(cell).items():
-                if name.startswith('plain'):
-                    continue
-                ours = name in OURS
-                color = {'eager': 'tab:orange', 'fused': 'tab:blue', 'frozen': 'tab:green'}.get(name, 'gray')
-                axis.plot(x, row['ratio'] - 1, 'o' if ours else 'x', color=color, label=name if ours else 'peers')
-        axis.axhline(0, color='black', linewidth=0.8)
-        names = [c['attn'] for c in cells if (c['mode'], c['dtype']) == (mode, dtype)]
-        axis.set_xticks(range(len(names)), names, rotation=45)
-        axis.set_title(f'{mode}, {dtype}')
-    # Most of what is to be seen is near 0, and GAM is far away.
-    axes[0][0].set_yscale('symlog', linthresh=0.25, linscale=2)
-    ticks = (-0.1, 0, 0.1, 0.25, 0.5, 1, 2)
-    axes[0][0].set_ylim(-0.15, 3)
-    axes[0][0].set_yticks(ticks, [f'{t:g}' for t in ticks])
-    axes[0][0].set_ylabel('time over plain ResNet-50, less 1')
-    handles = {label: h for a in axes[0] for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
-    axes[0][-1].legend(handles.values(), handles.keys())
+    usual = {(c['attn'], c['mode']): kinds(c) for c in cells if not unusual(c) and c['attn'] != BASELINE}
+    order = sorted(
+        {a for a, _ in usual}, key=lambda a: usual.get((a, 'train'), usual[a, 'inference'])['eager']['ratio']
+    )
+    figure, axes = plt.subplots(1, 2, figsize=(11, 0.32 * len(order) + 1.6), sharey=True)
+    for axis, mode in zip(axes, ('inference', 'train'), strict=True):
+        for y, attn in enumerate(order):
+            ratios = {k: r['ratio'] for k, r in usual.get((attn, mode), {}).items() if k != 'autotuned'}
+            ratios = {k: v for k, v in ratios.items() if not k.startswith(BASELINE)}
+            if not ratios:
+                continue
+            axis.plot([min(ratios.values()), max(ratios.values())], [y, y], color='0.85', linewidth=4, zorder=1)
+            for kind, ratio in ratios.items():
+                label, marker, colour = STYLES.get(kind, PEERS)
+                # Hollow, so that those on one another can be told.
+                face = {'c': colour} if marker == 'x' else {'facecolors': 'none', 'edgecolors': colour}
+                axis.scatter(ratio, y, 46, marker=marker, linewidths=1.6, label=label, zorder=2, **face)
+        axis.axvline(1, color='black', linewidth=0.8)
+        axis.set_xscale('log')
+        ticks = (0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4, 5)
+        axis.set_xticks(ticks, [f'{t:g}' for t in ticks])
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.grid(axis='x', color='0.9')
+        axis.set_xlabel("time of a step / timm's plain ResNet-50's (1: attention is free)")
+        axis.set_title({'inference': 'inference', 'train': 'training step'}[mode])
+    axes[0].set_yticks(range(len(order)), order)
+    axes[0].invert_yaxis()
+    axes[0].set_ylabel('attention')
+    handles = {label: h for a in axes for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
+    axes[1].legend(handles.values(), handles.keys(), loc='upper right')
+    _save(figure, 'overhead.png')
+
+
+def costs(cells: list[dict[str, Any]], memory: dict[str, Any]) -> None:
+    """Time of a training step against bytes kept for it, of every attention, eager and fused."""
+    require('matplotlib', 'bench')
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
+
+    kept = {r['model']: r['kept_bytes_ratio'] for r in memory['rows']}
+    times = {c['attn']: kinds(c) for c in cells if not unusual(c) and c['mode'] == 'train'}
+    figure, axis = plt.subplots(figsize=(9, 6.5))
+    names = [a for a in times if a in kept and a != BASELINE]
+    places = {}
+    for way, suffix in (('fused', ' fused'), ('eager', '')):
+        label, marker, colour = STYLES[way]
+        xs, ys = [kept[f'{a}{suffix}'] for a in names], [times[a][way]['ratio'] for a in names]
+        axis.scatter(
+            xs, ys, 50, marker=marker, facecolors='none', edgecolors=colour, linewidths=1.6, label=label, zorder=2
+        )
+        places[way] = dict(zip(names, zip(xs, ys, strict=True), strict=True))
+    for name in names:
+        axis.plot(*zip(places['eager'][name], places['fused'][name], strict=True), color='0.85', linewidth=1, zorder=1)
+    axis.plot(1, 1, '*', color='black', markersize=12, label='plain ResNet-50')
+    axis.set_xscale('log')
+    axis.set_yscale('log')
+    for side, ticks in ((axis.xaxis, (0.8, 1, 1.25, 1.5, 2, 2.5, 3)), (axis.yaxis, (0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4))):
+        side.set_ticks(ticks, [f'{t:g}' for t in ticks])
+        side.set_minor_formatter(NullFormatter())
+    axis.grid(color='0.93')
+    axis.set_xlabel("bytes kept for backward / timm's plain ResNet-50's")
+    axis.set_ylabel("time of a training step / timm's plain ResNet-50's")
+    _label(figure, axis, {name: places['eager'][name] for name in names})
+    axis.legend(loc='lower right')
+    _save(figure, 'costs.png')
+
+
+def _label(figure: Any, axis: Any, points: dict[str, tuple[float, float]]) -> None:
+    """Writes names beside their points, each on the first side where it covers no point and no other name."""
+    taken = [(*axis.transData.transform(p), 6, 6) for p in points.values()]
+    for name, point in points.items():
+        x, y = axis.transData.transform(point)
+        width, height = 3.6 * len(name) * figure.dpi / 72, 5 * figure.dpi / 72
+        best = None
+        for distance in (9, 18, 28, 40):
+            d = distance * figure.dpi / 72
+            for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (0.7, 0.7), (0.7, -0.7), (-0.7, 0.7), (-0.7, -0.7)):
+                cx, cy = x + dx * (d + width), y + dy * (d + height)
+                free = all(abs(cx - a) > width + w or abs(cy - b) > height + h for a, b, w, h in taken)
+                if free and best is None:
+                    best = cx, cy
+        cx, cy = best or (x, y)
+        taken.append((cx, cy, width, height))
+        axis.annotate(
+            name,
+            point,
+            axis.transData.inverted().transform((cx, cy)),
+            textcoords='data',
+            ha='center',
+            va='center',
+            fontsize=9,
+            arrowprops={'arrowstyle': '-', 'color': '0.6', 'linewidth': 0.6, 'shrinkB': 4},
+        )
+
+
+def _save(figure: Any, name: str) -> None:
     figure.tight_layout()
-    with atomic_write(RESULTS / 'overhead.png') as path:
+    with atomic_write(RESULTS / name) as path:
         figure.savefig(path, dpi=120, format='png')
-    plt.close(figure)
 
 
 def main() -> None:
@@ -140,7 +199,9 @@ def main() -> None:
     with atomic_write(RESULTS / 'speed.md') as path:
         path.write_text(text)
     if cells:
-        plot(cells)
+        overhead(cells)
+        if memory.exists():
+            costs(cells, json.loads(memory.read_text()))
 
 
 if __name__ == '__main__':

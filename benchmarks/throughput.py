@@ -11,8 +11,10 @@ done, and those that are there are measured again only with --again, so the plan
 """
 
 import argparse
+import fcntl
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -29,11 +31,12 @@ from timm_attn.files import atomic_write
 from timm_attn.measure import environment
 
 RESULTS = Path(__file__).parent / 'results'
+LOCK = Path(tempfile.gettempdir()) / 'timm_attn_throughput.lock'
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What is measured in one run: the key of its result.
+    """What is measured in one run. All but the last two fields are the key of its result.
 
     Attributes:
         attn: One of `list_attn()`, or 'plain' for the plain ResNet in all ways.
@@ -45,6 +48,7 @@ class Cell:
         threads: Threads.
         layout: 'contiguous' or 'channels_last'.
         compiled: Ways of `torch.compile` that are measured too.
+        peers: Peers are measured too.
     """
 
     attn: str
@@ -56,29 +60,27 @@ class Cell:
     threads: int = 1
     layout: str = 'contiguous'
     compiled: tuple[str, ...] = ()
+    peers: bool = True
 
     @property
-    def key(self) -> tuple[Any, ...]:
-        return tuple(v for k, v in asdict(self).items() if k != 'compiled')
-
-    @property
-    def images(self) -> float:
-        """Work of a plain forward pass, in images of 224 pixels through a ResNet-50."""
-        return self.batch * (self.size / 224) ** 2 * {18: 0.44, 34: 0.9, 50: 1, 101: 1.9}[self.depth]
+    def key(self) -> dict[str, Any]:
+        return {k: v for k, v in asdict(self).items() if k not in ('compiled', 'peers')}
 
     @property
     def rounds(self) -> int:
-        return 3 if self.mode == 'train' and self.images > 8 else 5
+        return 2 if self.batch >= 32 else 5 if self.mode == 'inference' and self.peers else 3
 
     @property
     def seconds(self) -> float:
         """About how long it takes on a core of 80 GFLOP a second that finds in inductor's cache what is compiled."""
-        step = 0.11 * self.images * (3.2 if self.mode == 'train' else 1) * 1.4 / self.threads**0.7
+        images = self.batch * (self.size / 224) ** 2 * {18: 0.44, 34: 0.9, 50: 1, 101: 1.9}[self.depth]
+        step = 0.12 * images * (3.3 if self.mode == 'train' else 1) * 1.3 / self.threads**0.8
         builds = self.builds()
         compiled = sum(label.endswith(COMPILED) for label in builds)
-        return len(builds) * step * (self.rounds + 2) + 6 * compiled + (12 if self.mode == 'train' else 6)
+        return len(builds) * (step * (self.rounds + 2) + 0.5) + (15 if self.mode == 'train' else 8) * compiled + 8
 
     def builds(self) -> dict[str, Build]:
+        """Label -> how to build the model."""
         ways = ['eager', 'fused', *(['frozen'] if self.mode == 'inference' else []), *self.compiled]
         base = f'resnet{self.depth}'
         if self.attn == BASELINE:
@@ -86,12 +88,12 @@ class Cell:
         found = entrants([f'{self.attn}_resnet{self.depth}'], base, ways)
         # The plain model's other ways have a cell of their own.
         found = {k: v for k, v in found.items() if not k.startswith(f'{BASELINE} ')}
-        return found | peers(self.attn, self.depth)
+        return found | (peers(self.attn, self.depth) if self.peers else {})
 
 
 def plan() -> Iterator[Cell]:
     """The cells by what they tell a user."""
-    usual = ('se', 'cbam', 'triplet')
+    usual = ('cbam', 'se', 'triplet')
     # torch.compile of the plain model, of gates by statistics, by maps and by planes, by large convolutions, of
     # self-attention, after stages, in place of a convolution.
     by_compiler = (BASELINE, *usual, 'gam', 'csa', 'bam', 'sk')
@@ -100,26 +102,25 @@ def plan() -> Iterator[Cell]:
             few = by_compiler if mode == 'inference' else by_compiler[:3]
             compiled = COMPILED if attn in (BASELINE, 'cbam') and mode == 'inference' else COMPILED[:1]
             yield Cell(attn, mode, compiled=compiled if attn in few else ())
-    for attn in ('cbam', 'triplet', 'se'):  # where the calls between passes cost most
+    for attn in usual:  # where the calls between passes cost most
         yield Cell(attn, 'inference', batch=1)
         yield Cell(attn, 'inference', size=128)
-    for attn in (BASELINE, *usual):
-        for mode in MODES:
-            yield Cell(attn, mode, threads=2)
-    for attn in ('cbam', 'triplet', 'se'):  # growth with batch and size
-        for mode in MODES:
-            for batch, size in ((4, 224), (1, 224), (32, 224), (4, 128), (4, 320)):
-                yield Cell(attn, mode, batch=batch, size=size, depth=18)
-    for attn in ('cbam', 'se'):
-        for mode in MODES:
-            yield Cell(attn, mode, layout='channels_last')
     for mode in MODES:
         yield Cell('cbam', mode, dtype='bfloat16')
-        yield Cell('cbam', mode, depth=101)
-    for batch, size in ((1, 224), (4, 128), (4, 320), (32, 224)):
-        yield Cell('cbam', 'train', batch=batch, size=size)
-    yield Cell('cbam', 'inference', size=320)
-    yield Cell('cbam', 'inference', batch=32)
+    for attn in usual:
+        for mode in MODES:
+            yield Cell(attn, mode, threads=2)
+    for attn in usual:  # growth with batch and size
+        for mode in MODES:
+            for batch, size in ((4, 224), (1, 224), (16, 224), (4, 128), (4, 320)):
+                yield Cell(attn, mode, batch=batch, size=size, depth=18, peers=False)
+    for mode in MODES:
+        yield Cell('cbam', mode, layout='channels_last', peers=False)
+        yield Cell('cbam', mode, depth=101, peers=False)
+    for mode, batch, size in (('train', 1, 224), ('train', 4, 128), ('train', 4, 320), ('inference', 4, 320)):
+        yield Cell('cbam', mode, batch=batch, size=size, peers=False)
+    for mode in MODES:
+        yield Cell('cbam', mode, batch=32, peers=False)
 
 
 def measure(cell: Cell, rounds: int) -> dict[str, Any]:
@@ -129,9 +130,8 @@ def measure(cell: Cell, rounds: int) -> dict[str, Any]:
     found = rounds_of(cell.builds(), cell.mode, rounds=rounds, channels_last=cell.layout == 'channels_last', **options)
     rows = summary(found)
     print(f'\n{title(cell)}\n{table(rows)}', flush=True)
-    key = {k: v for k, v in asdict(cell).items() if k != 'compiled'}
     date = datetime.now(timezone.utc).date().isoformat()
-    return {**key, 'rounds': rounds, 'date': date, 'environment': environment(), 'rows': rows}
+    return {**cell.key, 'rounds': rounds, 'date': date, 'environment': environment(), 'rows': rows}
 
 
 def warm(cell: Cell) -> None:
@@ -143,6 +143,23 @@ def warm(cell: Cell) -> None:
         options = {key: getattr(cell, key) for key in ('batch', 'size', 'dtype')}
         found = rounds_of({label: build}, cell.mode, rounds=0, **options)
         print(f'{title(cell)}: {label} {found[label]["first"]:.0f} s', flush=True)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text(encoding='utf-8')) if path.exists() else []
+
+
+def key_of(measured: dict[str, Any]) -> dict[str, Any]:
+    """The key of the cell that a result is of."""
+    return {k: measured.get(k) for k in Cell('', '').key}
+
+
+def part(text: str) -> tuple[int, int]:
+    """'2/3' as numbers."""
+    i, n = map(int, text.split('/'))
+    if not 1 <= i <= n:
+        raise ValueError
+    return i, n
 
 
 def title(cell: Cell) -> str:
@@ -160,6 +177,7 @@ def main() -> None:
     parser.add_argument('--attn', nargs='+', choices=[BASELINE, *timm_attn.list_attn()], help='cells of these alone')
     parser.add_argument('--mode', nargs='+', choices=MODES, help='cells of these alone')
     parser.add_argument('--dtype', nargs='+', choices=DTYPES, help='cells of these alone')
+    parser.add_argument('--part', type=part, default=(1, 1), metavar='I/N', help='every Nth cell: N commands at once')
     parser.add_argument('--rounds', type=int, help='instead of the 3 or 5 of the plan')
     parser.add_argument('--out', type=Path, default=RESULTS / 'speed.json')
     parser.add_argument('--again', action='store_true', help='measure cells that the file has already')
@@ -176,9 +194,8 @@ def main() -> None:
         for cell in small:
             measure(replace(cell, batch=2, size=64), 1)
         return
-    done = json.loads(args.out.read_text()) if args.out.exists() else []
-    keys = [Cell(**{k: c[k] for k in Cell.__annotations__ if k in c}).key for c in done]
-    left = chosen if args.again else [c for c in chosen if c.key not in keys]
+    chosen = chosen[args.part[0] - 1 :: args.part[1]]
+    left = chosen if args.again else [c for c in chosen if c.key not in map(key_of, read(args.out))]
     if args.list:
         for cell in chosen:
             state = '' if cell in left else ', there'
@@ -186,17 +203,18 @@ def main() -> None:
         print(f'{len(chosen)} cells, {sum(c.seconds for c in left) / 60:.0f} minutes to go')
         return
     for i, cell in enumerate(left):
-        if time.monotonic() - start + cell.seconds > args.seconds:
-            print(f'{len(left) - i} cells are left: run the command again.', file=sys.stderr)
-            break
         if args.warm:
             warm(cell)
             continue
-        new = measure(cell, args.rounds or cell.rounds)
-        done = [c for c, key in zip(done, keys, strict=True) if key != cell.key] + [new]
-        keys = [key for key in keys if key != cell.key] + [cell.key]
-        with atomic_write(args.out) as path:
-            path.write_text(json.dumps(done, indent=1) + '\n')
+        if time.monotonic() - start + cell.seconds > args.seconds:
+            print(f'{len(left) - i} cells are left: run the command again.', file=sys.stderr)
+            break
+        new = measure(cell, args.rounds or cell.rounds) | {'at_once': args.part[1]}
+        with LOCK.open('w') as lock:  # of the parts that run beside this one
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            cells = [c for c in read(args.out) if key_of(c) != cell.key] + [new]
+            with atomic_write(args.out) as path:
+                path.write_text(json.dumps(cells, indent=1) + '\n')
 
 
 if __name__ == '__main__':

@@ -12,7 +12,7 @@ import timm
 import torch
 
 import timm_attn
-from timm_attn.bench import advice, entrants, rounds_of, summary
+from timm_attn.bench import advice, entrants, losses, rounds_of, summary, unusual
 from timm_attn.cli.main import main
 from timm_attn.layers import attn_sites
 from timm_attn.measure import seconds
@@ -73,6 +73,18 @@ def test_rounds_time_every_model_in_its_mode_and_layout(mode: str) -> None:
 def test_ratios_are_those_of_the_same_round() -> None:
     rows = summary(times(plain=[1.0, 2.0, 4.0], se=[2.0, 3.0, 4.0]))
     assert (rows[1]['median'], rows[1]['ratio'], rows[1]['ratio_quartiles']) == (3.0, 1.5, [1.25, 1.75])
+
+
+def test_losses_are_against_the_fastest_peer_eager_and_the_compiler() -> None:
+    ratios = {'plain': 1.0, 'eager': 1.2, 'fused': 1.1, 'compiled': 1.0, 'pytorchcv': 1.15, 'fightingcv': 1.3}
+    assert losses(ratios) == ['eager 1.04 of pytorchcv', 'fused 1.10 of torch.compile']
+    assert losses({'plain': 1.0, 'eager': 1.0, 'fused': 1.02}) == []
+    assert losses({'plain': 1.0, 'eager': 1.0, 'fused': 1.03}) == ['fused 1.03 of eager']
+
+
+def test_conditions_of_a_cell_are_named_where_unusual() -> None:
+    cell = {'attn': 'se', 'mode': 'train', 'dtype': 'float32', 'batch': 1, 'size': 224, 'depth': 18, 'threads': 2}
+    assert unusual({**cell, 'layout': 'channels_last'}) == 'batch 1, depth 18, 2 threads, channels_last'
 
 
 class TestAdvice:
@@ -136,8 +148,8 @@ class TestScripts:
     def test_the_plan_has_every_attention_and_no_cell_twice(self, monkeypatch: pytest.MonkeyPatch) -> None:
         throughput = load('throughput', monkeypatch)
         cells = list(throughput.plan())
-        assert len({c.key for c in cells}) == len(cells)
-        usual = {(c.attn, c.mode) for c in cells if c.key[2:] == ('float32', 4, 224, 50, 1, 'contiguous')}
+        assert len({tuple(c.key.values()) for c in cells}) == len(cells)
+        usual = {(c.attn, c.mode) for c in cells if not unusual(c.key)}
         assert usual == {(a, m) for a in ['plain', *timm_attn.list_attn()] for m in ('inference', 'train')}
 
     def test_what_is_measured_is_not_measured_again(

@@ -19,6 +19,10 @@ BASELINE = 'plain'
 # Ways of running one of our models; the first three are what the package itself offers.
 OURS = ('eager', 'fused', 'frozen')
 COMPILED = ('compiled', 'autotuned')
+# Conditions of a measured cell that tables leave unsaid.
+USUAL = {'dtype': 'float32', 'batch': 4, 'size': 224, 'depth': 50, 'threads': 1, 'layout': 'contiguous'}
+# What is no slower than this is as fast.
+TOLERANCE = 1.02
 
 Build = Callable[[], nn.Module]
 
@@ -227,10 +231,37 @@ def kinds(cell: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
+def unusual(cell: Mapping[str, Any]) -> str:
+    """The conditions of a measured cell that are not the usual ones, in words; empty for the usual ones.
+
+    Args:
+        cell: Of `benchmarks/results/speed.json`.
+    """
+    words = {'dtype': '{}', 'batch': 'batch {}', 'size': '{} px', 'depth': 'depth {}', 'threads': '{} threads'}
+    return ', '.join(words.get(k, '{}').format(cell[k]) for k, v in USUAL.items() if cell[k] != v)
+
+
 def fastest_peer(ratios: Mapping[str, float]) -> str | None:
-    """The kind of row, neither ours nor plain, of the least ratio."""
-    peers = [k for k in ratios if k not in OURS and not k.startswith(BASELINE)]
+    """The kind of row, neither ours nor the compiler's nor plain, of the least ratio."""
+    peers = [k for k in ratios if k not in (*OURS, *COMPILED) and not k.startswith(BASELINE)]
     return min(peers, key=ratios.__getitem__) if peers else None
+
+
+def losses(ratios: Mapping[str, float]) -> list[str]:
+    """Where ours takes more than `TOLERANCE` of a rival's time: the eager form of the fastest peer's, the fused form of
+    that, of the eager one's and of what torch.compile makes of it.
+
+    Args:
+        ratios: Kind of row -> its ratio to the plain model's time.
+    """
+    peer = fastest_peer(ratios)
+    pairs = [('eager', peer), ('fused', 'eager'), ('fused', 'compiled'), ('fused', peer)]
+    shown = {'compiled': 'torch.compile', 'eager': 'eager', peer: peer}
+    return [
+        f'{ours} {ratios[ours] / ratios[rival]:.2f} of {shown[rival]}'
+        for ours, rival in pairs
+        if ours in ratios and rival in ratios and ratios[ours] > TOLERANCE * ratios[rival]
+    ]
 
 
 def _quartiles(values: list[float]) -> list[float]:
