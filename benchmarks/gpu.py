@@ -30,7 +30,7 @@ from peers import peers
 from torch import Tensor, nn
 
 import timm_attn
-from timm_attn.bench import BASELINE, DTYPES, MODES, Build, entrants, rounds_of, summary, table
+from timm_attn.bench import BASELINE, DTYPES, MODES, Build, autocast, entrants, rounds_of, summary, table
 from timm_attn.files import atomic_write
 from timm_attn.measure import environment, seconds
 
@@ -164,7 +164,7 @@ def block_row(attn: str, name: str, side: int, mode: str, rate: float, args: arg
     def run(parts: list[tuple[nn.Module, Tensor, Tensor]]) -> None:
         for _ in range(args.steps):
             for module, x, g in parts:
-                with torch.set_grad_enabled(train), torch.autocast(args.device, dtype):
+                with torch.set_grad_enabled(train), autocast(args.device, args.dtype):
                     y = module(x)
                 if train:
                     y.backward(g.to(y.dtype))
@@ -279,7 +279,11 @@ def main() -> None:
     for attn, mode, name, side in blocks:
         if late():
             break
-        row = block_row(attn, name, side, mode, rate, args)
+        try:
+            row = block_row(attn, name, side, mode, rate, args)
+        except Exception as e:
+            print(f'block {name} of {attn}, {mode}: {type(e).__name__}: {e}', file=sys.stderr)
+            continue
         report['blocks'].append(row)
         save()
         print(

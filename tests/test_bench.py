@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -178,3 +179,37 @@ class TestScripts:
         monkeypatch.setattr(sys, 'argv', ['throughput.py', '--seconds', '1', '--out', str(out)])
         throughput.main()
         assert not out.exists() and 'run the command again' in capsys.readouterr().err
+
+    def test_the_fit_of_growth_finds_a_plane_and_its_largest_miss(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        fit = load('readme', monkeypatch)._fit
+        plane = [
+            (b, s, 1.5 + 0.1 * math.log2(b / 4) - 0.2 * math.log2(s / 224)) for b in (1, 4, 16) for s in (112, 448)
+        ]
+        found, miss = fit(plane)
+        assert found == pytest.approx([1.5, 0.1, -0.2]) and miss == pytest.approx(0, abs=1e-12)
+        # Of four equal conditions one lies 0.4 above: the plane goes through the mean.
+        found, miss = fit([(4, 224, 1.0)] * 3 + [(4, 224, 1.4)])
+        assert found[0] == pytest.approx(1.1) and miss == pytest.approx(0.3)
+
+    def test_the_gpu_compiles_the_slowest_first_and_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        jobs = load('gpu', monkeypatch).jobs_of([('se', 'train'), ('cbam', 'train'), ('se', 'inference')], compiled=2)
+        assert jobs == [
+            *(('plain', 'train', 'compiled'), ('se', 'train', 'compiled'), ('cbam', 'train', 'compiled')),
+            *(('se', 'train', 'fused'), ('cbam', 'train', 'fused')),
+            *(('se', 'inference', 'fused'), ('se', 'inference', 'frozen')),
+        ]
+
+    def test_the_bound_of_a_block_counts_each_map_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gpu = load('gpu', monkeypatch)
+        argv = ['--device', 'cpu', '--smoke', '--batch', '1', '--rounds', '1', '--steps', '1', '--dtype', 'float32']
+        args = gpu.parser().parse_args(argv)
+        found = {mode: gpu.block_row('se', 'layer3.1', 4, mode, 1e9, args) for mode in ('inference', 'train')}
+        # 256 channels twice and 1024 once, 4 x 4 pixels, 4 bytes. Forwards each of the small maps is read and written,
+        # of large ones two are read and one is written. Backwards two and one of each small, three and two large.
+        small, large = 256 * 16 * 4, 1024 * 16 * 4
+        assert found['inference']['bytes'] == 2 * 2 * small + 3 * large
+        assert found['train']['bytes'] == 2 * (2 + 3) * small + (3 + 5) * large
+        row = found['train']
+        assert row['over_bound'] == pytest.approx(
+            (row['block_seconds'] - row['convolution_seconds']) * 1e9 / row['bytes']
+        )
