@@ -280,7 +280,10 @@ def machine_text() -> str:
     cells = _read('speed.json')
     machines = sorted({f'{c["environment"]["machine"]}, torch {c["environment"]["torch"]}' for c in cells})
     days = sorted({c['date'] for c in cells})
-    return f'{"; ".join(machines)}; {days[0]}{"" if len(days) == 1 else f" to {days[-1]}"}; {len(cells)} cells.'
+    paired = sum(c.get('at_once', 1) > 1 for c in cells)
+    beside = f' {paired} of them were measured while another was, each on a core of its own.' if paired else ''
+    span = days[0] if len(days) == 1 else f'{days[0]} to {days[-1]}'
+    return f'{"; ".join(machines)}; {span}; {len(cells)} cells.{beside}'
 
 
 def costs_table() -> str:

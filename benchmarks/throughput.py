@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument('--mode', nargs='+', choices=MODES, help='cells of these alone')
     parser.add_argument('--dtype', nargs='+', choices=DTYPES, help='cells of these alone')
     parser.add_argument('--part', type=part, default=(1, 1), metavar='I/N', help='every Nth cell: N commands at once')
+    parser.add_argument('--threads', nargs='+', type=int, help='cells of so many threads alone')
     parser.add_argument('--rounds', type=int, help='instead of the 3 or 5 of the plan')
     parser.add_argument('--out', type=Path, default=RESULTS / 'speed.json')
     parser.add_argument('--again', action='store_true', help='measure cells that the file has already')
@@ -187,7 +188,9 @@ def main() -> None:
     chosen = [
         c
         for c in plan()
-        if all(getattr(args, k) is None or getattr(c, k) in getattr(args, k) for k in ('attn', 'mode', 'dtype'))
+        if all(
+            getattr(args, k) is None or getattr(c, k) in getattr(args, k) for k in ('attn', 'mode', 'dtype', 'threads')
+        )
     ]
     if args.smoke:
         small = [Cell('se', 'train', depth=18), Cell('simam', 'inference', layout='channels_last')]
@@ -202,19 +205,22 @@ def main() -> None:
             print(f'{title(cell)}: {len(cell.builds())} models, {cell.rounds} rounds, {cell.seconds:.0f} s{state}')
         print(f'{len(chosen)} cells, {sum(c.seconds for c in left) / 60:.0f} minutes to go')
         return
-    for i, cell in enumerate(left):
+    late = 0
+    for cell in left:
         if args.warm:
             warm(cell)
             continue
         if time.monotonic() - start + cell.seconds > args.seconds:
-            print(f'{len(left) - i} cells are left: run the command again.', file=sys.stderr)
-            break
+            late += 1
+            continue
         new = measure(cell, args.rounds or cell.rounds) | {'at_once': args.part[1]}
         with LOCK.open('w') as lock:  # of the parts that run beside this one
             fcntl.flock(lock, fcntl.LOCK_EX)
             cells = [c for c in read(args.out) if key_of(c) != cell.key] + [new]
             with atomic_write(args.out) as path:
                 path.write_text(json.dumps(cells, indent=1) + '\n')
+    if late:
+        print(f'{late} cells are left: run the command again.', file=sys.stderr)
 
 
 if __name__ == '__main__':
