@@ -205,17 +205,21 @@ def growth_table() -> str:
 
 
 @functools.cache
-def _size(name: str) -> dict[str, int]:
-    return count(timm.create_model(name, device='meta'), (3, 224, 224))
+def _models() -> str:
+    return models_table()
 
 
 def arithmetic_table() -> str:
     """What each attention adds to a ResNet-50's multiply-adds and parameters, counted."""
-    plain = _size('resnet50')
-    added = {a: {k: _size(f'{a}_resnet50')[k] / plain[k] - 1 for k in ('macs', 'params')} for a in list_attn()}
-    ranked = sorted(added, key=lambda a: (round(added[a]['macs'], 4), a))
-    lines = [(a, f'{100 * added[a]["macs"]:+.1f} %', f'{100 * added[a]["params"]:+.1f} %') for a in ranked]
-    return markdown_table(('attention', 'multiply-adds', 'parameters'), lines)
+    plain = count(timm.create_model('resnet50', device='meta'), (3, 224, 224))
+    sizes = {name: (params, gmacs) for name, params, gmacs in re.findall(r'`(.*?)` \| ([\d,]+) \| ([\d.]+)', _models())}
+    added = {}
+    for attn in list_attn():
+        params, gmacs = sizes[f'{attn}_resnet50']
+        added[attn] = (1e9 * float(gmacs) / plain['macs'] - 1, int(params.replace(',', '')) / plain['params'] - 1)
+    ranked = sorted(added, key=lambda a: (round(added[a][0], 3), a))
+    lines = [(a, *(f'{round(100 * share, 1) + 0.0:.1f} %' for share in added[a])) for a in ranked]
+    return markdown_table(('attention', 'multiply-adds, added', 'parameters, added'), lines)
 
 
 def accuracy_text() -> str:
@@ -342,7 +346,7 @@ Table = Callable[[], str]
 PAGES: dict[Path, dict[str, Table]] = {
     ROOT / 'README.md': {'attentions': attentions_table},
     ROOT / 'docs/attentions.md': {'needs': needs_table, 'reference': reference_table},
-    ROOT / 'docs/models.md': {'models': models_table, 'weights': weights_table},
+    ROOT / 'docs/models.md': {'models': _models, 'weights': weights_table},
     ROOT / 'docs/speed.md': {
         'arithmetic': arithmetic_table,
         'bytes': bytes_table,
