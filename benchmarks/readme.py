@@ -336,7 +336,7 @@ def hosts_table() -> str:
             *(f'{sent / 1e6:.2f}' for sent in m['sent_per_step']),
             'yes' if m['same_weights_as_one_host'] else 'no',
         )
-        for m in json.loads((RESULTS / 'two_hosts.json').read_text(encoding='utf-8'))['models']
+        for m in _read('two_hosts.json')['models']
     ]
     head = ('model', '4 x parameters, MB', 'BatchNorm, MB', 'sent by host 0, MB a step', 'sent by host 1, MB a step')
     return markdown_table((*head, 'weights bit-equal to one host with two processes'), rows)
