@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,12 @@ import timm
 import torch
 import yaml
 from PIL import Image
+from timm.data.readers.reader_image_folder import find_images_and_targets
 
 import timm_attn
 from timm_attn import recipes
 from timm_attn.cli import recipe
+from timm_attn.cli.main import main
 
 PAPER = ['bam_in1k', 'cbam_in1k', 'gam_in1k', 'se_in1k']
 SOURCED = [*PAPER, 'a2_in1k', 'a3_in1k', 'cifar100']
@@ -244,3 +247,22 @@ def test_every_recipe_trains(train: Any, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for name in names:
         assert (tmp_path / 'out' / name / 'last.pth.tar').is_file(), name
+
+
+def test_what_timms_reader_sees_otherwise_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ('cat/2020/a.png', 'cat/b.jpg', 'dog/c.png', '.ipynb_checkpoints/d.png', 'fox/e.webp'):
+        path = tmp_path / 'train' / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (4, 4)).save(path)
+    _, timms = find_images_and_targets(str(tmp_path / 'train'))
+    assert set(timms) == {'2020', 'cat', 'dog', '.ipynb_checkpoints'}  # What the sentences are about.
+    folders, files = recipe.read_otherwise(tmp_path)
+    assert 'takes the name of each of these folders for a class of its own' in folders
+    assert [n in folders for n in ('cat/2020', '.ipynb_checkpoints', 'dog')] == [True, True, False]
+    assert 'leaves out .webp files' in files
+    assert main(['recipe', 'cbam_in1k', '--data-dir', str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert folders in err and files in err and 'class of its own' not in out
+    for name in ('cat/2020', '.ipynb_checkpoints', 'fox'):
+        shutil.rmtree(tmp_path / 'train' / name)
+    assert recipe.read_otherwise(tmp_path) == [] == recipe.read_otherwise(tmp_path / 'absent')
