@@ -1,5 +1,6 @@
 """README and docs say what is so: tables are made again, every Python block runs."""
 
+import importlib
 import importlib.util
 import os
 import re
@@ -12,7 +13,10 @@ from types import ModuleType
 import pytest
 import safetensors.torch
 import timm
+import yaml
 from hub_server import HubServer
+
+from timm_attn.version import PROJECT, pip_source
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -47,15 +51,80 @@ def test_readme_installs_by_extras_that_exist():
 @pytest.mark.parametrize('page', PAGES, ids=lambda p: p.name)
 def test_links_lead_to_files_and_headings_that_exist(page: Path):
     for target in re.findall(r'\]\(([^)\s]+)\)', page.read_text(encoding='utf-8')):
-        if target.startswith(('http://', 'https://')):
-            continue
         name, _, anchor = target.partition('#')
-        file = (page.parent / name).resolve() if name else page
+        if name.startswith(f'{PROJECT}/'):
+            assert name.startswith(f'{PROJECT}/blob/main/'), f'{page.name} links to {target}'
+            file = ROOT / name.removeprefix(f'{PROJECT}/blob/main/')
+        elif name.startswith(('http://', 'https://')):
+            continue
+        else:
+            # PyPI shows the README, and would look for a relative link on its own server.
+            assert page.name != 'README.md' or page.parent.name == 'docs', f'README.md links to {target}'
+            file = (page.parent / name).resolve() if name else page
         assert file.exists(), f'{page.name} links to {target}'
         if anchor:
             headings = re.findall(r'^#+ (.*)$', file.read_text(encoding='utf-8'), flags=re.MULTILINE)
             anchors = {re.sub(r'[^\w -]', '', h).strip().lower().replace(' ', '-') for h in headings}
             assert anchor in anchors, f'{page.name} links to {target}'
+
+
+def test_one_place_says_where_the_project_lives():
+    site = yaml.safe_load((ROOT / 'mkdocs.yml').read_text(encoding='utf-8'))
+    cite = yaml.safe_load((ROOT / 'CITATION.cff').read_text(encoding='utf-8'))
+    urls = dict(
+        re.findall(r'^(\w+) = "(https://\S+)"$', (ROOT / 'pyproject.toml').read_text(encoding='utf-8'), re.MULTILINE)
+    )
+    assert site['repo_url'] == cite['repository-code'] == urls['Repository'] == PROJECT
+    assert site['site_url'] == urls['Homepage'] and urls['Changelog'] == f'{PROJECT}/blob/main/CHANGELOG.md'
+    for page in [*PAGES, *(ROOT / 'model_cards').glob('*.md')]:
+        for url in re.findall(r'git(?: clone |\+)(https://\S+?/timm_attn)\b', page.read_text(encoding='utf-8')):
+            assert url == PROJECT, f'{page.name} installs from {url}'
+    assert f'git+{PROJECT}`' in (ROOT / 'README.md').read_text(encoding='utf-8')
+
+
+@pytest.mark.parametrize(
+    ('origin', 'expected'),
+    [
+        (None, 'timm_attn'),
+        ('{"dir_info": {"editable": true}, "url": "file:///here"}', f'git+{PROJECT}'),
+        ('{"vcs_info": {"vcs": "git", "commit_id": "0"}, "url": "https://example.org"}', f'git+{PROJECT}'),
+    ],
+    ids=['index', 'checkout', 'git'],
+)
+def test_a_release_from_an_index_is_named_and_anything_else_is_the_repository(
+    origin: str | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    info = tmp_path / 'timm_attn-9.dist-info'
+    info.mkdir()
+    (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: timm_attn\nVersion: 9\n', encoding='utf-8')
+    if origin:
+        (info / 'direct_url.json').write_text(origin, encoding='utf-8')
+    monkeypatch.setattr(sys, 'path', [str(tmp_path), *sys.path])
+    assert pip_source() == expected
+
+
+def test_a_package_that_is_not_installed_comes_from_the_repository(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, 'path', [])
+    assert pip_source() == f'git+{PROJECT}'
+
+
+API = sorted((ROOT / 'docs').glob('api*.md'))
+
+
+def test_the_reference_has_every_public_name_once():
+    """A public name is one that a room's `__init__` re-exports as itself."""
+    named = [
+        name for page in API for name in re.findall(r'^::: (\S+)$', page.read_text(encoding='utf-8'), re.MULTILINE)
+    ]
+    assert len(named) == len(set(named))
+    for name in named:
+        module, _, attribute = name.rpartition('.')
+        assert hasattr(importlib.import_module(module), attribute), name
+    shown = {name.rpartition('.')[2] for name in named}
+    for room in ('', '.layers', '.models', '.weights', '.fusion', '.hub', '.explain', '.lab'):
+        source = Path(str(importlib.import_module(f'timm_attn{room}').__file__)).read_text(encoding='utf-8')
+        missing = set(re.findall(r'^from \S+ import (\w+) as \1$', source, re.MULTILINE)) - shown
+        assert missing <= {'models', 'stats'}, f'docs/api*.md lacks {sorted(missing)} of timm_attn{room}'
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from PIL import Image
 import timm_attn
 from timm_attn.cli.space import add_parser
 from timm_attn.explain.space import SDK_VERSION, write_space
+from timm_attn.version import pip_source
 
 needs_gradio = pytest.mark.skipif(
     any(importlib.util.find_spec(p) is None for p in ('gradio', 'gradio_client', 'matplotlib')),
@@ -96,7 +97,7 @@ def test_a_space_of_a_folder_holds_the_model(saved: Path, tmp_path: Path, capsys
     assert 'models' not in matter
     assert json.loads((out / 'space.json').read_text())['folder'] is True
     assert str(saved) not in ''.join((out / f).read_text() for f in ('README.md', 'space.json', 'app.py'))
-    assert (out / 'requirements.txt').read_text().splitlines()[:3] == ['timm_attn', 'matplotlib', 'pillow<13']
+    assert (out / 'requirements.txt').read_text().splitlines()[:3] == [pip_source(), 'matplotlib', 'pillow<13']
     with Image.open(out / 'examples/wide.png') as wide, Image.open(out / 'examples/tall.png') as tall:
         assert wide.width > wide.height and tall.width < tall.height
     compile((out / 'app.py').read_text(), 'app.py', 'exec')

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from ..explain.space import write_space
+from ..version import pip_source
 
 
 def add_parser(commands: 'argparse._SubParsersAction[argparse.ArgumentParser]') -> None:
@@ -20,9 +21,9 @@ def add_parser(commands: 'argparse._SubParsersAction[argparse.ArgumentParser]') 
     p.add_argument('--license', metavar='ID', help='licence of the Space, such as apache-2.0')
     p.add_argument(
         '--package',
-        default='timm_attn',
+        default=pip_source(),
         metavar='SPEC',
-        help='what pip installs for timm_attn, such as a git URL (default: %(default)s)',
+        help='what pip installs timm_attn from, such as a version or a git URL (default: %(default)s)',
     )
     p.add_argument(
         '--examples', nargs='+', default=(), metavar='IMAGE', help='images to offer (default: two drawn ones)'

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 from ..files import atomic_dir
 from ..hub.folder import open_folder
 from ..optional import require
+from ..version import pip_source
 from .images import open_image
 
 APP = Path(__file__).with_name('space_app.py')
@@ -31,7 +32,7 @@ def write_space(
     out: str | Path,
     *,
     title: str | None = None,
-    package: str = 'timm_attn',
+    package: str | None = None,
     license: str | None = None,
     examples: Sequence[str | Path] = (),
     imports: Sequence[str] = (),
@@ -44,7 +45,7 @@ def write_space(
         source: The model: a folder from `timm_attn.save`, a Hub repository ('me/cbam'), or a registered model.
         out: The folder.
         title: Title of the Space, the model's name by default.
-        package: What pip shall install for timm_attn, such as a version or a git URL.
+        package: What pip installs timm_attn from, such as a git URL; by default what `version.pip_source` says.
         license: Licence of the Space, an id that the Hub knows; without it none is stated.
         examples: Images to offer; two drawn ones without.
         imports: Modules that the Space imports first, since they register attentions of your own; `package` must
@@ -100,7 +101,9 @@ def write_space(
         space = {'title': title, 'model': name if is_folder else source, 'folder': is_folder, 'pretrained': pretrained}
         space['imports'] = list(imports)
         (written / 'space.json').write_text(json.dumps(space, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
-        (written / 'requirements.txt').write_text('\n'.join((package, *REQUIREMENTS)) + '\n', encoding='utf-8')
+        (written / 'requirements.txt').write_text(
+            '\n'.join((package or pip_source(), *REQUIREMENTS)) + '\n', encoding='utf-8'
+        )
         (written / 'examples').mkdir()
         if examples:
             for i, example in enumerate(map(Path, examples)):

@@ -23,6 +23,7 @@ from timm.models import ResNet
 from ..injection import injections
 from ..layers import get_attn
 from ..measure import count
+from ..version import pip_source
 from .client import HubFileError
 from .config import MODEL_ARGS, Config, build_meta, check_config
 from .records import METRIC_NAMES, STATUSES
@@ -400,6 +401,7 @@ def render_card(
         summary=summary,
         status=status,
         details=_details(checked, facts, input_size),
+        package=pip_source(),
         safe=source.startswith('hf-hub:'),
         repo=repr(repo),
         source=repr(source),
