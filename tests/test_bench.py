@@ -109,6 +109,13 @@ class TestAdvice:
             'Leave it eager for speed; fuse it where memory limits the batch.'
         )
 
+    def test_a_hundredth_is_nothing(self) -> None:
+        found = times(m=[1.0] * 4, m_fused=[0.99] * 4)
+        assert advice(found, 'm') == 'm: fused takes as long as eager here. Leave it eager.'
+
+    def test_few_rounds_tell_nothing(self) -> None:
+        assert advice(times(m=[1.0] * 3, m_fused=[0.5] * 3), 'm') == 'm: 4 rounds or more tell what to do.'
+
     def test_rounds_that_disagree_show_nothing(self) -> None:
         found = times(m=[1.0] * 4, m_fused=[0.8, 0.9, 1.1, 1.2])
         assert advice(found, 'm') == 'm: fused takes as long as eager here. Leave it eager.'
@@ -116,7 +123,7 @@ class TestAdvice:
 
 def test_the_command_measures_advises_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / 'bench.json'
-    argv = 'bench se_resnet18 --baseline resnet18 --mode train --no-compile --size 32 --batch 2 --rounds 2'
+    argv = 'bench se_resnet18 --baseline resnet18 --mode train --no-compile --size 32 --batch 2 --rounds 4'
     assert main([*argv.split(), '--dtype', 'bfloat16', '--channels-last', '--out', str(out)]) == 0
     assert 'se_resnet18: ' in capsys.readouterr().out.splitlines()[-1]
     report = json.loads(out.read_text())

@@ -181,12 +181,14 @@ def _does(share: float) -> str:
 def advice(found: Mapping[str, Mapping[str, Any]], name: str) -> str:
     """What the measured rounds say to do with a model, in a line.
 
-    A way is said to be faster or slower only where three quarters of the rounds say so.
+    A way is said to be faster or slower only where three quarters of the rounds say so, and by more than `TOLERANCE`.
 
     Args:
         found: What `rounds_of` returned, with 'kept_bytes' where they were counted.
         name: The registered model, whose eager form is there.
     """
+    if len(found[name]['seconds']) < 4:
+        return f'{name}: 4 rounds or more tell what to do.'
     code = {
         'fused': f"timm.create_model('{name}', fused=True)",
         'frozen': 'timm_attn.fuse(model, freeze=True)',
@@ -194,12 +196,13 @@ def advice(found: Mapping[str, Mapping[str, Any]], name: str) -> str:
     }
     ways = [way for way in code if f'{name} {way}' in found]
     against = {way: _ratio(found, f'{name} {way}', name) for way in ways}
-    faster = [way for way in ways if max(against[way][1]) < 1]
+    faster = [way for way in ways if against[way][0] * TOLERANCE < 1 and against[way][1][1] < 1]
     best = min(faster, key=lambda way: against[way][0], default=None)
     parts, smaller = [], False
     for way in sorted(ways, key=lambda way: way != best):
-        share, (low, high) = against[way]
-        part = f'{way} {_does(share)}' if high < 1 or low > 1 else f'{way} takes as long as eager'
+        share, (low, _) = against[way]
+        slower = share > TOLERANCE and low > 1
+        part = f'{way} {_does(share)}' if way in faster or slower else f'{way} takes as long as eager'
         kept = [found[label].get('kept_bytes') for label in (name, f'{name} {way}')]
         if kept[0] is not None and kept[1] is not None:
             less = kept[0] - kept[1]
