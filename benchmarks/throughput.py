@@ -68,7 +68,7 @@ class Cell:
 
     @property
     def rounds(self) -> int:
-        return 2 if self.batch >= 32 else 5 if self.mode == 'inference' and self.peers else 3
+        return 5 if self.mode == 'inference' and self.peers else 3
 
     @property
     def seconds(self) -> float:
@@ -77,7 +77,7 @@ class Cell:
         step = 0.12 * images * (3.3 if self.mode == 'train' else 1) * 1.3 / self.threads**0.8
         builds = self.builds()
         compiled = sum(label.endswith(COMPILED) for label in builds)
-        return len(builds) * (step * (self.rounds + 2) + 0.5) + (15 if self.mode == 'train' else 8) * compiled + 8
+        return len(builds) * (step * (self.rounds + 1) + 0.5) + (15 if self.mode == 'train' else 8) * compiled + 8
 
     def builds(self) -> dict[str, Build]:
         """Label -> how to build the model."""

@@ -67,8 +67,8 @@ def test_rounds_time_every_model_in_its_mode_and_layout(mode: str) -> None:
 
     found = rounds_of({'plain': build, 'other': build}, mode, batch=2, size=8, rounds=3, steps=2, channels_last=True)
     assert {*seen} == {(mode == 'train', True, mode == 'train')}
-    # The first step, one to settle, and the rounds.
-    assert len(seen) == 2 * (1 + 1 + 3 * 2) and all(len(f['seconds']) == 3 for f in found.values())
+    # The first step, and the rounds.
+    assert len(seen) == 2 * (1 + 3 * 2) and all(len(f['seconds']) == 3 for f in found.values())
 
 
 def test_ratios_are_those_of_the_same_round() -> None:

@@ -127,8 +127,8 @@ def rounds_of(
         if device == 'cuda':
             torch.cuda.synchronize()
         found[label] = {'first': time.perf_counter() - start, 'seconds': []}
-        step(model, x, mode, dtype)
         if device == 'cuda':
+            step(model, x, mode, dtype)  # settles what is allocated once
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             step(model, x, mode, dtype)
