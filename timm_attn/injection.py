@@ -840,6 +840,23 @@ def base_of(model: nn.Module) -> dict[str, Any]:
     return dict(vars(model).get('_base', {}))
 
 
+def gate_of_output(module: nn.Module) -> nn.Module | None:
+    """The attention that a module calls on its output (N, C, H, W); None where there is none, or other hooks.
+
+    Args:
+        module: Any module.
+    """
+    if len(module._forward_hooks) != 1 or module._forward_pre_hooks:
+        return None
+    if module._backward_hooks or module._backward_pre_hooks or 'forward' in vars(module):
+        return None
+    ((key, hook),) = module._forward_hooks.items()
+    return next(
+        (getattr(module, child) for child in CHILDREN if (key, hook) == (_hook_key(child), _HOOKS[child, 'NCHW'])),
+        None,
+    )
+
+
 def uncalled(model: nn.Module, example: Any = None) -> list[str]:
     """Attentions of a model that its forward pass does not call.
 

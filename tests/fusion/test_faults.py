@@ -1,7 +1,9 @@
 """Whatever a fused block does not know to be the same takes the ordinary way. The model itself stands beside it."""
 
 import copy
+import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
 import pytest
@@ -14,7 +16,9 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from timm_attn.fusion import blocks, fuse
+from timm_attn.fusion.functions import gate_conv
 from timm_attn.layers import Attention
+from timm_attn.measure import kept_bytes
 
 from .support import build as build_wide
 from .support import check_equal, images, step
@@ -351,8 +355,28 @@ def test_nan_is_where_it_is_in_the_eager_model(name: str, where: str, training: 
     ours, theirs = step(fused, x), step(eager, x)
     for key, want in theirs.items():
         nan = ours[key].isnan(), want.isnan()
-        # Which weights of a padded convolution a NaN reaches is the implementation's: some multiply it by padding.
+        # Whether a NaN of the gradient is multiplied by padding, 0, is the implementation's. What it must reach, it
+        # reaches: test_nan_reaches_what_a_gate_convolution_multiplies_it_by.
         assert torch.equal(*nan) or (key.endswith('.conv.weight') and nan[0].any() and nan[1].any()), key
+
+
+@pytest.mark.parametrize('size', [(5, 6), (3, 40), (40, 3)], ids=str)
+@pytest.mark.parametrize('at', [(0, 0), (2, 1)], ids=str)
+def test_nan_reaches_what_a_gate_convolution_multiplies_it_by(size: tuple[int, int], at: tuple[int, int]) -> None:
+    conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
+    rows, columns = torch.meshgrid(torch.arange(size[0]), torch.arange(size[1]), indexing='ij')
+    window = ((rows - at[0]).abs() <= 3) & ((columns - at[1]).abs() <= 3)
+    x = torch.randn(1, 2, *size)
+    x[0, 1][at] = torch.nan
+    assert gate_conv(conv, x)[0, 0][window].isnan().all()
+    x = torch.randn(1, 2, *size, requires_grad=True)
+    g = torch.randn(1, 1, *size)
+    g[0, 0][at] = torch.nan
+    gx, gweight = torch.autograd.grad(gate_conv(conv, x), (x, conv.weight), g)
+    assert gx[0, :, window].isnan().all()
+    # The weight at (i, j) meets the input at `at` + (i - 3, j - 3), where there is one.
+    i, j = torch.meshgrid(torch.arange(7) + at[0] - 3, torch.arange(7) + at[1] - 3, indexing='ij')
+    assert gweight[0, :, (i >= 0) & (i < size[0]) & (j >= 0) & (j < size[1])].isnan().all()
 
 
 @pytest.mark.parametrize('name', ['cbam_resnet18', 'triplet_resnet18', 'srm_resnet18'])
@@ -401,6 +425,122 @@ def test_an_empty_batch_is_what_it_is_in_the_eager_model(name: str) -> None:
             results.append([(n, bool(b.isnan().any())) for n, b in model.named_buffers()])
         assert results[:2] == results[2:]
         assert results[0] == (0, 5) or training
+
+
+# ---- Attention that is run again ------------------------------------------------------------------------------------
+
+
+class Layers(Own):
+    """Convolutions and a Linear: costly and cheap ones, one that is called twice, one that is overwritten."""
+
+    recomputable = True
+
+    def __init__(self, channels: int = 64) -> None:
+        super().__init__(channels)
+        self.reduce = nn.Conv2d(channels, 8, 3, padding=1)
+        self.expand = nn.Conv2d(8, channels, 5, padding=2, bias=False)
+        self.last = nn.Conv2d(channels, channels, 3, padding=1, groups=2)
+        self.linear = nn.Linear(2 * channels, channels)
+        self.act = nn.ReLU(inplace=True)
+        self.bn = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u = self.expand(self.bn(self.act(self.reduce(x)))) + self.reduce(x).mean(1, keepdim=True)
+        gate = self.linear(torch.cat([u, x], 1).permute(0, 2, 3, 1)).sigmoid().permute(0, 3, 1, 2)
+        return self.last(x * gate)
+
+
+class LayersAlone(Layers):
+    recomputable = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x)
+
+
+@pytest.mark.parametrize('cls', [Layers, LayersAlone])
+@pytest.mark.parametrize('frozen', ['', 'last.weight', 'linear.bias'])
+def test_layers_of_much_arithmetic_are_called_once_and_have_their_gradients(cls: type[Layers], frozen: str) -> None:
+    torch.manual_seed(0)
+    attn = cls()
+    for name, p in attn.named_parameters():
+        p.requires_grad_(name != frozen)
+    fused, eager = pair(with_attention(attn))
+    check_steps(fused, eager)
+    for training in (True, False):
+        for model in (fused, eager):
+            model.load_state_dict(eager.state_dict())
+            model.train(training).zero_grad()
+            loss = model(images()).square().sum()
+            loss.backward(retain_graph=True)
+            loss.backward()
+        for ours, want in zip(fused.parameters(), eager.parameters(), strict=True):
+            if want.grad is not None:
+                torch.testing.assert_close(ours.grad, want.grad, rtol=1e-9, atol=1e-9)
+    calls: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Conv2d, '_conv_forward', lambda m, x, w, b: calls.append(w.shape[0]) or _conv(m, x, w, b))
+        y = fused.train()(images())
+        forward = calls.count(64)
+        y.sum().backward()
+    assert calls.count(64) == forward > 0
+
+
+def _conv(m: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.conv2d(x, weight, bias, m.stride, m.padding, m.dilation, m.groups)
+
+
+def test_a_buffer_that_changes_before_the_backward_pass_is_an_error_as_in_eager() -> None:
+    for model in pair(build('gam_resnet18').eval()):
+        y = model(images()).sum()
+        cast(Any, model.get_submodule('layer1.0')).se.bn1.running_var.mul_(2)
+        with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+            y.backward()
+
+
+@pytest.mark.parametrize('name', ['csa_resnet18', 'gam_resnet18', 'simam_resnet18'])
+def test_threads_that_train_one_model_have_their_gradients(name: str) -> None:
+    fused, eager = pair(build(name).eval())
+    xs = [images(n=1 + i) for i in range(3)]
+
+    def grads(model: nn.Module, x: Tensor) -> Any:
+        return torch.autograd.grad(model(x).square().sum(), [*model.parameters()])
+
+    with ThreadPoolExecutor(3) as pool:
+        found = [*pool.map(functools.partial(grads, fused), xs * 3)]
+    for ours, x in zip(found, xs * 3, strict=True):
+        for a, b in zip(ours, grads(eager, x), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert fused.training is False and all(p.requires_grad and p.is_leaf for p in fused.parameters())
+
+
+@pytest.mark.parametrize('name', ['simam_resnet18', 'simam_resnet50'])
+def test_attention_behind_a_convolution_is_fused_unless_something_else_looks(name: str) -> None:
+    x = images(n=2)
+    fused, eager = pair(build(name))
+    kept = [kept_bytes(m.train(), x) for m in (fused, eager)]
+    assert kept[0] < 0.8 * kept[1]
+    check_steps(fused, eager, x)
+    seen: list[Tensor] = []
+    for model in (fused, eager):
+        conv = model.get_submodule('layer1.0.conv2')
+        conv.register_forward_hook(lambda m, i, o: seen.append(o.detach()))
+    check_steps(fused, eager, x)
+    assert len(seen) == 6 and all(torch.allclose(a, b) for a, b in zip(seen[::2], seen[1::2], strict=True))
+
+
+@pytest.mark.parametrize('name', ['cbam_resnet18', 'gam_resnet18', 'simam_resnet18'])
+def test_other_compilers_see_the_model_as_it_is_unfused(name: str) -> None:
+    graphs: list[list[str]] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append([f'{n.op} {getattr(n.target, "__name__", "")}' for n in graph.graph.nodes])
+        return graph.forward
+
+    x = images(n=2)
+    for model in pair(build(name).eval()):
+        torch.compile(model, backend=backend, fullgraph=True)(x)
+        torch._dynamo.reset()
+    assert len(graphs) == 2 and graphs[0] == graphs[1]
 
 
 # ---- Freezing -------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import functools
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,13 +15,14 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ..injection import gate_of_output
 from ..layers import BAM, GateForm, GroupNorm, SelectiveKernel
 from ..models.sk_resnet import SKBottleneck
 from . import kernels
 from .compile import compiler_works
 from .functions import bam_gate, gate_conv, gated_pooled_sum, gated_sum, is_gate_conv, norm, norm_act_conv
 from .kernels import Affine
-from .replay import attended_sum, select_conv
+from .replay import attended, attended_sum, select_conv
 
 # ---- What is known to be the same -----------------------------------------------------------------------------------
 
@@ -53,9 +54,16 @@ def _compiles(block: Any, x: Tensor) -> bool:
     return block.compiled and compiler_works(x.device.type)
 
 
-def _parts_as_they_are(block: nn.Module) -> bool:
-    """No one looks at a part of the block, or runs it in another way. Of the block as a whole, they may."""
-    return not getattr(block, '_is_replica', False) and all(_called_as_is(m) for m in block.modules() if m is not block)
+def _parts_as_they_are(block: nn.Module, gated: Container[nn.Module] = ()) -> bool:
+    """No one looks at a part of the block, or runs it in another way. Of the block as a whole, they may.
+
+    Args:
+        block: The block.
+        gated: Parts of it that may call an attention, which is as it is itself, on their output.
+    """
+    return not getattr(block, '_is_replica', False) and all(
+        _called_as_is(m) or (m in gated and gate_of_output(m) is not None) for m in block.modules() if m is not block
+    )
 
 
 def _plain_conv(m: nn.Module) -> bool:
@@ -106,6 +114,11 @@ def _recomputable(attn: nn.Module) -> bool:
     return vars(type(attn)).get('recomputable', False) and all(
         type(m) in _RECOMPUTABLE or type(m) is FusedGateConv or type(m).__module__ == home for m in attn.modules()
     )
+
+
+def _gated_output(conv: nn.Module, y: Tensor) -> Tensor:
+    attn = gate_of_output(conv)
+    return y if attn is None else attended(attn, y)
 
 
 # ---- The end of a block: the last BatchNorm, the attention, the shortcut and the ReLU --------------------------------
@@ -238,6 +251,7 @@ class Fused(nn.Module):
     norms: tuple[str, ...]
     convs: tuple[str, ...]
     acts: tuple[str, ...]
+    gated: tuple[str, ...] = ()  # convolutions that attention may follow
     compiled = False
     frozen = False
     if TYPE_CHECKING:  # timm's, in both kinds of block; torch.jit.script would take them for the block's attributes
@@ -249,6 +263,7 @@ class Fused(nn.Module):
 
     def fusible(self, norm: type[nn.Module]) -> bool:
         """The block is made of what its own ways know, with norms of this type."""
+        gated = [self.get_submodule(name) for name in self.gated]
         return (
             all(_plain_norm(self.get_submodule(name), norm) for name in self.norms)
             and all(_plain_conv(self.get_submodule(name)) for name in self.convs)
@@ -257,7 +272,8 @@ class Fused(nn.Module):
             and _absent(self.drop_block)
             and (_absent(self.drop_path) or type(self.drop_path) is DropPath)
             and (self.downsample is None or type(self.downsample) is nn.Sequential)
-            and _parts_as_they_are(self)
+            and _parts_as_they_are(self, gated)
+            and all(_recomputable(attn) for conv in gated if (attn := gate_of_output(conv)))
         )
 
     def fused(self, x: Tensor) -> Tensor | None:
@@ -299,11 +315,12 @@ class FusedBasicBlock(Fused, BasicBlock):
     norms = ('bn1', 'bn2')
     convs = ('conv1', 'conv2')
     acts = ('act1', 'act2')
+    gated = ('conv2',)
     forward = _forward_of(BasicBlock)
 
     def fused_forward(self, x: Tensor) -> Tensor:
         (y,) = norm_act_conv(self.compiled, cast(nn.BatchNorm2d, self.bn1), self.conv1(x), self.conv2)
-        return _tail(self, self.bn2, y, x)
+        return _tail(self, self.bn2, _gated_output(self.conv2, y), x)
 
 
 class FusedBottleneck(Fused, Bottleneck):
@@ -312,12 +329,13 @@ class FusedBottleneck(Fused, Bottleneck):
     norms = ('bn1', 'bn2', 'bn3')
     convs = ('conv1', 'conv2', 'conv3')
     acts = ('act1', 'act2', 'act3')
+    gated = ('conv2', 'conv3')
     forward = _forward_of(Bottleneck)
 
     def fused_forward(self, x: Tensor) -> Tensor:
         (y,) = norm_act_conv(self.compiled, cast(nn.BatchNorm2d, self.bn1), self.conv1(x), self.conv2)
-        (y,) = norm_act_conv(self.compiled, cast(nn.BatchNorm2d, self.bn2), y, self.conv3)
-        return _tail(self, self.bn3, y, x)
+        (y,) = norm_act_conv(self.compiled, cast(nn.BatchNorm2d, self.bn2), _gated_output(self.conv2, y), self.conv3)
+        return _tail(self, self.bn3, _gated_output(self.conv3, y), x)
 
 
 class FusedSKBottleneck(Fused, SKBottleneck):

@@ -5,21 +5,85 @@ running statistics: its class says so (`recomputable`).
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ..layers import SelectiveKernel
 from . import kernels
 from .functions import conv_params, convolve, convolve_backward, factors, first_order
 from .kernels import Affine, Norm
 
+# A value that takes fewer multiply-adds than this is made again; others are kept. Reading and writing one costs about
+# as much time, on any machine on which arithmetic is cheaper than memory.
+_CHEAP = 128
+
+
+def _costly(m: nn.Module) -> bool:
+    if type(m) is nn.Conv2d:
+        return m.weight[0].numel() >= _CHEAP and m.padding_mode == 'zeros' and not isinstance(m.padding, str)
+    return type(m) is nn.Linear and m.in_features >= _CHEAP
+
+
+def _same_memory(x: Tensor, y: Tensor) -> bool:
+    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+
+
+class _Recalled(torch.autograd.Function):
+    """A layer whose output is known."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: nn.Module, y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.layer, ctx.dtypes = layer, (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (g,), layer = grads, ctx.layer
+        x, weight = [t.to(g.dtype) for t in ctx.saved_tensors]  # as autocast has had them
+        wanted = ctx.needs_input_grad[2:]
+        bias = None if ctx.dtypes[2] is None else weight.new_empty(weight.shape[0])
+        if isinstance(layer, nn.Conv2d):
+            found: Sequence[Tensor | None] = convolve_backward(g, x, layer, weight, bias, wanted)
+        else:
+            rows = g.flatten(0, -2)
+            found = (
+                g @ weight if wanted[0] else None,
+                rows.mT @ x.flatten(0, -2) if wanted[1] else None,
+                rows.sum(0) if wanted[2] else None,
+            )
+        return None, None, *[f if f is None else f.to(d) for f, d in zip(found, ctx.dtypes, strict=True)]
+
+
+class _Recording(nn.Module):
+    """Stands before a layer's class: keeps outputs, or gives those that were kept."""
+
+    tape: '_Replay'
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tape.output(self, super().forward, x)
+
+
+class _RecordingConv2d(_Recording, nn.Conv2d):
+    pass
+
+
+class _RecordingLinear(_Recording, nn.Linear):
+    pass
+
+
+_RECORDING: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: _RecordingConv2d, nn.Linear: _RecordingLinear}
+
 
 class _Replay:
     """Calls a module twice: in forward for its output, without a graph, and in backward for its gradients.
+
+    It calls twins of the module, which have its parameters and buffers: others may call the module meanwhile. What
+    layers of much arithmetic give is kept from the first call.
 
     Args:
         module: The attention.
@@ -28,48 +92,79 @@ class _Replay:
 
     def __init__(self, module: nn.Module, device: str) -> None:
         self.module = module
-        self.names = [name for name, _ in module.named_parameters()]
         self.modes = [m.training for m in module.modules()]
         self.device = device
         self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        self.kept: list[tuple[Tensor, int]] = []
+        self.recalled: Iterator[Tensor | None] | None = None
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         # Without autocast's cache: a cast made without gradients would be taken again where they are wanted.
         return torch.autocast(self.device, self.dtype, enabled=self.dtype is not None, cache_enabled=False)
 
-    @contextlib.contextmanager
-    def _as_it_was(self) -> Iterator[None]:
-        """Every module in its mode of the forward pass; running statistics stay where they are."""
-        now: list[tuple[Any, bool, bool]] = [
-            (m, m.training, getattr(m, 'track_running_stats', False)) for m in self.module.modules()
-        ]
-        try:
-            for (m, _, tracks), mode in zip(now, self.modes, strict=True):
-                m.training = mode
-                if tracks:
-                    m.track_running_stats = False
-            yield
-        finally:
-            for m, mode, tracks in now:
-                m.training = mode
-                if tracks:
-                    m.track_running_stats = True
+    def _twin(self, leaves: Sequence[Tensor] | None) -> nn.Module:
+        """The module in its modes of the forward pass.
 
-    def forward(self, *x: Tensor) -> Any:
+        Args:
+            leaves: What stands for its parameters, while running statistics stay where they are; None for themselves.
+        """
+        instead = dict(zip(map(id, self.module.parameters()), leaves or (), strict=False))
+        twins: dict[nn.Module, nn.Module] = {}
+        for m, mode in zip(self.module.modules(), self.modes, strict=True):
+            twin = object.__new__(_RECORDING[type(m)] if _costly(m) else type(m))
+            twin.__dict__ = {
+                **vars(m),
+                'training': mode,
+                '_parameters': {k: instead.get(id(p), p) for k, p in m._parameters.items()},
+            }
+            if isinstance(twin, _Recording):
+                twin.__dict__['tape'] = self
+            if leaves is not None and getattr(m, 'track_running_stats', False):
+                twin.__dict__['track_running_stats'] = False
+            twins[m] = twin
+        for m, twin in twins.items():
+            twin.__dict__['_modules'] = {k: None if c is None else twins[c] for k, c in m._modules.items()}
+        return twins[self.module]
+
+    def output(self, layer: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The output of a layer of a twin."""
+        if self.recalled is None:
+            y = call(x)
+            self.kept.append((y, y._version))
+            return y
+        y = next(self.recalled)
+        return call(x) if y is None else cast(Tensor, _Recalled.apply(layer, y, x, layer.weight, layer.bias))
+
+    def forward(self, *x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """The output, which may be overwritten, and what `recompute` takes besides inputs and parameters."""
         with self._precision():
-            return self.module(*x)
+            y = self._twin(None)(*x)
+        # What has been overwritten is made again.
+        outputs = [k if k._version == version else None for k, version in self.kept]
+        self.kept, self.outputs = [], len(outputs)
+        if any(k is not None and _same_memory(k, y) for k in outputs):
+            y = y.clone()
+        # Should buffers change that are read again, torch says so, as it does without fusing.
+        read = [
+            list(m._buffers.values())
+            for m, mode in zip(self.module.modules(), self.modes, strict=True)
+            if not (mode and getattr(m, 'track_running_stats', False))
+        ]
+        return y, outputs + list(itertools.chain(*read))
 
-    def recompute(self, x: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+    def recompute(self, x: Sequence[Tensor], params: Sequence[Tensor], saved: Sequence[Tensor | None]) -> Tensor:
         """The output once more, with a graph.
 
         Args:
             x: The inputs of the forward pass.
             params: The module's parameters of the forward pass.
+            saved: What `forward` gave besides the output.
         """
         self.x = [t.detach().requires_grad_() for t in x]
         self.leaves = [p.detach().requires_grad_(p.requires_grad) for p in params]
-        with torch.enable_grad(), self._precision(), self._as_it_was():
-            self.y = functional_call(self.module, dict(zip(self.names, self.leaves, strict=True)), tuple(self.x))
+        self.recalled = iter(saved[: self.outputs])
+        with torch.enable_grad(), self._precision():
+            self.y = self._twin(self.leaves)(*self.x)
         return self.y
 
     def backward(self, g: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -86,11 +181,7 @@ class _Replay:
         rest = iter(grads)
         gx = [torch.zeros_like(t) if grad is None else grad for t, grad in zip(self.x, rest, strict=False)]
         # The caller overwrites them: what hands g on, and what is expanded, is copied.
-        held = g.untyped_storage().data_ptr()
-        gx = [
-            t.clone() if t.untyped_storage().data_ptr() == held or torch._debug_has_internal_overlap(t) else t
-            for t in gx
-        ]
+        gx = [t.clone() if _same_memory(t, g) or torch._debug_has_internal_overlap(t) else t for t in gx]
         gparams = [next(rest) if leaf.requires_grad else None for leaf in self.leaves]
         del self.x, self.leaves, self.y
         return gx, gparams
@@ -101,18 +192,20 @@ class _AttendedSum(torch.autograd.Function):
     def forward(ctx: Any, compiled: bool, attn: nn.Module, keep: Tensor | None, *given: Any) -> Tensor:
         x, shortcut, params = Affine(*given[:3]), Affine(*given[3:6]), given[6:]
         ctx.replay = _Replay(attn, x.y.device.type)
-        out = ctx.replay.forward(*kernels.affine(compiled, x))
+        out, saved = ctx.replay.forward(*kernels.affine(compiled, x))
         (out,) = kernels.gated_sum_(compiled, Affine(out), keep, shortcut)
-        ctx.save_for_backward(out, *x, None if shortcut.a is None else shortcut.y, shortcut.a, keep, *params)
-        ctx.compiled = compiled
+        s = None if shortcut.a is None else shortcut.y
+        ctx.save_for_backward(out, *x, s, shortcut.a, keep, *params, *saved)
+        ctx.compiled, ctx.params = compiled, len(params)
         return out
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        out, y, a, b, s, a1, keep, *params = ctx.saved_tensors
+        out, y, a, b, s, a1, keep, *rest = ctx.saved_tensors
+        params, saved = rest[: ctx.params], rest[ctx.params :]
         g, *gshortcut = kernels.sum_backward(ctx.compiled, grads[0], out, Affine(s, a1))
-        ctx.replay.recompute(kernels.affine(ctx.compiled, Affine(y, a, b)), params)
+        ctx.replay.recompute(kernels.affine(ctx.compiled, Affine(y, a, b)), params, saved)
         (gx,), gparams = ctx.replay.backward(g if keep is None else g * keep)
         return None, None, None, *kernels.affine_backward(ctx.compiled, gx, y, a), *gshortcut, *gparams
 
@@ -127,7 +220,38 @@ def attended_sum(compiled: bool, attn: nn.Module, keep: Tensor | None, x: Affine
         x: A map (N, C, H, W).
         shortcut: A map (N, C, H, W).
     """
+    if not torch.is_grad_enabled():
+        (out,) = kernels.gated_sum_(compiled, Affine(attn(*kernels.affine(compiled, x))), keep, shortcut)
+        return out
     return cast(Tensor, _AttendedSum.apply(compiled, attn, keep, *x, *shortcut, *attn.parameters()))
+
+
+class _Attended(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, attn: nn.Module, y: Tensor, *params: Tensor) -> Tensor:
+        ctx.replay = _Replay(attn, y.device.type)
+        out, saved = ctx.replay.forward(y)
+        ctx.save_for_backward(y, *params, *saved)
+        ctx.params = len(params)
+        return out.clone() if _same_memory(out, y) else out
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        y, *rest = ctx.saved_tensors
+        ctx.replay.recompute([y], rest[: ctx.params], rest[ctx.params :])
+        (gy,), gparams = ctx.replay.backward(grads[0])
+        return None, gy, *gparams
+
+
+def attended(attn: nn.Module, y: Tensor) -> Tensor:
+    """attn(y), keeping y.
+
+    Args:
+        attn: The attention.
+        y: A map (N, C, H, W).
+    """
+    return cast(Tensor, _Attended.apply(attn, y, *attn.parameters())) if torch.is_grad_enabled() else attn(y)
 
 
 # ---- Selective kernels ----------------------------------------------------------------------------------------------
@@ -160,17 +284,19 @@ class _SelectConv(torch.autograd.Function):
             saved += [y, b, weight, a, center, spread]
             ctx.constants.append(constants)
         ctx.replay = _Replay(_Mix(sk), made[0].device.type)
-        ctx.save_for_backward(*saved, conv_weight, conv_bias, *params)
-        ctx.compiled, ctx.conv = compiled, after
-        return convolve(ctx.replay.forward(*made), after, conv_weight, conv_bias)
+        mix, more = ctx.replay.forward(*made)
+        ctx.save_for_backward(*saved, conv_weight, conv_bias, *params, *more)
+        ctx.compiled, ctx.conv, ctx.params = compiled, after, len(params)
+        return convolve(mix, after, conv_weight, conv_bias)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        saved, (conv_weight, conv_bias, *params) = ctx.saved_tensors[:12], ctx.saved_tensors[12:]
-        branches = saved[:6], saved[6:]
+        branches = ctx.saved_tensors[:6], ctx.saved_tensors[6:12]
+        conv_weight, conv_bias, *rest = ctx.saved_tensors[12:]
+        params, saved = rest[: ctx.params], rest[ctx.params :]
         made = [kernels.affine_relu(ctx.compiled, Affine(y, a, b))[0] for y, b, _, a, *_ in branches]
-        mix = ctx.replay.recompute(made, params).detach()
+        mix = ctx.replay.recompute(made, params, saved).detach()
         wanted = (True, *ctx.needs_input_grad[9:11])
         gmix, *gconv = convolve_backward(grads[0], mix, ctx.conv, conv_weight, conv_bias, wanted)
         gmade, gparams = ctx.replay.backward(cast(Tensor, gmix))
