@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import timm_attn
 from timm_attn.explain.gates import attention_maps
 from timm_attn.fusion import blocks, fuse, kernels
-from timm_attn.fusion.compile import Kernel, compiler_works, kernel
+from timm_attn.fusion.compile import Kernel, compiler_works, kernel, observe_kernels
 from timm_attn.fusion.functions import gate_conv
 from timm_attn.layers import SqueezeExcite, TripletAttention
 from timm_attn.measure import kept_bytes
@@ -30,9 +30,10 @@ CHANNEL_GATES = ('resnet26', 'se_resnet18', 'eca_resnet18', 'srm_resnet18')
 
 
 @pytest.fixture
-def compiler() -> None:
+def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     if not compiler_works('cpu'):
         pytest.skip('no C++ compiler')
+    monkeypatch.setattr(blocks, 'SMALL', 0)  # small maps, too, in inference
 
 
 @pytest.mark.parametrize('name', SMALL)
@@ -113,6 +114,23 @@ def test_a_kernel_that_cannot_be_compiled_warns_once_and_computes_all_the_same()
         (y,) = odd(True, x)
     (again,) = odd(True, x)
     assert torch.equal(y, torch.full((3,), 4.0)) and torch.equal(again, y)
+
+
+def test_small_maps_take_the_ordinary_way_where_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, 'compiler_works', lambda device: True)
+    results = Kernel._results
+    monkeypatch.setattr(Kernel, '_results', lambda self, compiled, args: results(self, False, args))
+    block = cast(nn.Module, fuse(build('resnet18', torch.float32).eval()).get_submodule('layer1.0'))
+    called: list[Kernel] = []
+    with observe_kernels(lambda k, *_: called.append(k)):
+        for side, kernels_are_called in ((63, False), (64, True)):
+            x = torch.randn(1, 64, side, 64)
+            called.clear()
+            with torch.no_grad():
+                block(x)
+            assert bool(called) == kernels_are_called  # 64 * 64 * 64 floats are a megabyte
+            block(x)
+            assert called  # with gradients always
 
 
 @pytest.mark.parametrize('size', [(7, 7), (40, 9), (3, 12), (8, 64), (2, 30), (1, 5)], ids=str)

@@ -245,6 +245,11 @@ def _forward_of(ordinary: type[nn.Module]) -> Any:
     return forward
 
 
+# Bytes of a map that stays in a processor's own cache from one operation to the next. Without gradients there is
+# nothing to keep less of, and passes over a smaller one take less time than what saves them.
+SMALL = 1 << 20
+
+
 class Fused(nn.Module):
     """What fused blocks share."""
 
@@ -284,6 +289,8 @@ class Fused(nn.Module):
         if self.frozen:
             plain = not grad and not self.training and self.fusible(nn.Identity)
             return self.frozen_forward(x) if plain else None
+        if not grad and x.device.type == 'cpu' and x.numel() * x.element_size() < SMALL:
+            return None
         return self.fused_forward(x) if self.fusible(nn.BatchNorm2d) else None
 
     def train(self, mode: bool = True) -> Any:
