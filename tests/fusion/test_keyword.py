@@ -12,6 +12,8 @@ from torch import nn
 
 import timm_attn
 
+ONE: dict[str, Any] = {'layers': (1, 1, 1, 1)}  # blocks a stage
+
 
 def alive(model: nn.Module) -> nn.Module:
     for m in model.modules():
@@ -48,13 +50,13 @@ def test_fused_models_compute_the_same_and_are_saved_without_the_keyword(
 @pytest.mark.parametrize(
     ('base', 'args', 'known'),
     [
-        ('resnext50_32x4d', {}, True),
-        ('wide_resnet50_2', {}, True),
-        ('resnet18d', {}, True),
-        ('resnetblur18', {}, True),  # whose blocks all have what the fused ones do not know
-        ('seresnet18', {'at': r'layer\d'}, True),
-        ('simam_resnet18', {'at': r'layer\d'}, True),
-        ('res2net50_14w_8s', {}, False),
+        ('resnext50_32x4d', ONE, True),
+        ('wide_resnet50_2', ONE, True),
+        ('resnet18d', ONE, True),
+        ('resnetblur18', ONE, True),  # whose blocks all have what the fused ones do not know
+        ('seresnet18', {'at': r'layer\d', **ONE}, True),
+        ('simam_resnet18', {'at': r'layer\d', **ONE}, True),
+        ('res2net50_14w_8s', ONE, False),
         ('convnext_atto', {'at': r'stages\.\d'}, False),
     ],
 )
