@@ -212,6 +212,7 @@ def run(weights: Path, out: Path, seed: int, data_dir: str | None, device: str) 
 def report(out: Path) -> None:
     """Writes `results.json`, `report.md` and `identity_start.png` from the runs, of the arms that most seeds have."""
     runs = [json.loads(p.read_text(encoding='utf-8')) for p in sorted((out / 'runs').glob('seed*.json'))]
+    runs = runs or json.loads((out / 'results.json').read_text(encoding='utf-8'))
     settings = runs[0]['settings']
     if any(r['settings'] != settings for r in runs):
         raise ValueError(f"'{out}' holds runs of other settings: remove some.")

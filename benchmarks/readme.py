@@ -17,6 +17,7 @@ import torch
 from timm_attn import create_attn, get_attn, list_attn
 from timm_attn.bench import BASELINE, COMPILED, OURS, USUAL, fastest_peer, kinds, losses, unusual
 from timm_attn.cli.list import markdown_table, models_table
+from timm_attn.lab.stats import judge
 from timm_attn.measure import count
 from timm_attn.weights import TAGS, weights_table
 
@@ -222,23 +223,66 @@ def arithmetic_table() -> str:
     return markdown_table(('attention', 'multiply-adds, added', 'parameters, added'), lines)
 
 
-def accuracy_text() -> str:
-    """Every attention in one small ResNet on Fashion-MNIST, once that has been run."""
-    found = _read('fashion-attn/results.json')
+def accuracy_text(name: str = 'fashion-attn') -> str:
+    """A comparison on Fashion-MNIST, once that has been run: accuracies, corrected intervals, verdicts, power.
+
+    Args:
+        name: Of its folder in `benchmarks/results/`.
+    """
+    found = _read(f'{name}/results.json')
     if found is None:
         return 'Not measured yet.'
-    rows = {r['label']: r for r in found['rows']}
+    rows = [r for r in found['rows'] if r['top1']]
     lines = []
-    for label, row in rows.items():
+    for row in rows:
         top1, gap, judged = row['top1'], row['difference'], row.get('judged')
-        interval = f'{gap["mean"]:+.2f} [{gap["low"]:+.2f}, {gap["high"]:+.2f}]' if gap else '-'
+        told = f'{gap["mean"]:+.2f}' if gap else '-'
+        if judged and judged['low'] is not None:
+            told += f' [{judged["low"]:+.2f}, {judged["high"]:+.2f}]'
         verdict = judged['verdict'] if judged else '-'
-        lines.append((label, f'{top1["mean"]:.2f}', interval, verdict))
-    head = ('model', 'top-1', 'beside plain, 95 % interval', 'all models judged together')
+        lines.append((row['label'], f'{top1["mean"]:.2f}', str(len(top1['values'])), told, verdict))
+    head = ('model', 'top-1 %', 'seeds', f'beside {rows[0]["label"]} [corrected 95 %]', 'all models judged together')
     data, settings = found['data'], found['settings']
+    able = [r['judged']['detectable'] for r in rows if r.get('judged') and r['judged']['detectable'] is not None]
+    power = (
+        f'\n\nThese seeds find a true difference of {min(able):.2f} to {max(able):.2f} points (by model) in four of '
+        'five such comparisons; a smaller one is mostly missed.'
+        if able
+        else ''
+    )
     return (
-        f'{data["train"]:,} images to train, {data["val"]:,} to measure, {settings["epochs"]} epochs, '
-        f'{found["seeds"]} seeds.\n\n{markdown_table(head, lines)}'
+        f'{data["train"]:,} images to train, {data["val"]:,} to measure, {settings["epochs"]} epochs.'
+        f'\n\n{markdown_table(head, lines)}{power}'
+    )
+
+
+def starts_text() -> str:
+    """A pretrained network with attention of both starts and with none, by epochs of fine-tuning."""
+    runs = _read('identity_start/results.json')
+    settings = runs[0]['settings']
+    arms: dict[tuple[bool, str, str], dict[int, list[float]]] = {}
+    for r in runs:
+        arms.setdefault((r['frozen'], r['attention'], r['start']), {})[r['seed']] = r['top1']
+    most = max(map(len, arms.values()))
+    shown = {arm: by_seed for arm, by_seed in arms.items() if len(by_seed) == most}
+    last = settings['epochs']
+    judged = {}
+    for frozen in (False, True):
+        if plain := shown.get((frozen, 'none', '-')):
+            others = [a for a in shown if a[0] == frozen and a[1] != 'none']
+            found = judge({' '.join(a[1:]): [shown[a][s][last] - plain[s][last] for s in plain] for a in others})
+            judged |= {a: found[' '.join(a[1:])] for a in others}
+    lines = []
+    for (frozen, attention, start), by_seed in shown.items():
+        means = [sum(v[e] for v in by_seed.values()) / most for e in (0, 1, last)]
+        j = judged.get((frozen, attention, start))
+        told = f'{j.verdict} [{j.low:+.1f}, {j.high:+.1f}]' if j else '-'
+        learns = 'attention and classifier' if frozen else 'all'
+        lines.append((attention, start, learns, *(f'{m:.1f}' for m in means), told))
+    head = ('attention', 'start', 'what learns', 'before', '1 epoch', f'{last} epochs', 'beside none [corrected 95 %]')
+    return (
+        f'{settings["train"]:,} images to train, {settings["val"]:,} to measure, {settings["img_size"]} pixels, '
+        f'{most} seeds; top-1 in percent.\n\n{markdown_table(head, lines)}'
     )
 
 
@@ -358,6 +402,8 @@ PAGES: dict[Path, dict[str, Table]] = {
     },
     ROOT / 'docs/fidelity.md': {'parity': parity_table},
     ROOT / 'docs/many-machines.md': {'hosts': hosts_table, 'machines': machines_table},
+    ROOT / 'docs/compare.md': {'order': functools.partial(accuracy_text, 'cbam-order')},
+    ROOT / 'docs/pretrained.md': {'starts': starts_text},
     ROOT / 'docs/choose.md': {'needs': needs_table, 'costs': costs_table, 'accuracy': accuracy_text},
 }
 

@@ -142,7 +142,8 @@ def write_report(out: str | Path) -> tuple[list[tables.Row], list[str], str]:
     missing = [n for m in held['models'] for s in range(held['seeds']) if (n := run_id(Entry(**m), s)) not in done]
     table = tables.rows(runs, labels)
     clock = '/'.join(sorted({r['environment']['clock'] for r in runs}))
-    seeds = f'{held["seeds"]} seeds' if held['seeds'] > 1 else 'one seed'
+    most = max(len(row.top1.values) for row in table)
+    seeds = ('up to ' if missing and most > 1 else '') + (f'{most} seeds' if most > 1 else 'one seed')
     title = f'{held["data"]["name"]}: {held["settings"]["epochs"]} epochs, {seeds}'
     plots.comparison(table, out / 'comparison.png', title=title, clock=clock)
     plots.curves(runs, labels, out / 'curves.png', title=title)
