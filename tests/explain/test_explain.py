@@ -507,6 +507,8 @@ def test_nearly_equal_gates_look_equal_and_all_panels_of_a_kind_share_a_scale() 
     # One scale for all sites, and for all models of a picture.
     figure = draw_explanation(shown(False, near, far), shown(False, 4 * far))
     assert clims(figure) == [pytest.approx((0.1, 3.6))] * 3
+    # And for pictures side by side.
+    assert clims(draw_explanation(shown(False, near), beside=[shown(False, 4 * far)])) == [pytest.approx((0.4, 3.6))]
 
 
 @needs_matplotlib

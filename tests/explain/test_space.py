@@ -95,7 +95,7 @@ def test_a_space_of_a_folder_holds_the_model(saved: Path, tmp_path: Path, capsys
     }
     assert len(matter['short_description']) <= 60 and len(matter['emoji']) == 1
     assert 'models' not in matter
-    assert json.loads((out / 'space.json').read_text())['folder'] is True
+    assert json.loads((out / 'space.json').read_text())['models'][0]['folder'] == 'model'
     assert str(saved) not in ''.join((out / f).read_text() for f in ('README.md', 'space.json', 'app.py'))
     assert (out / 'requirements.txt').read_text().splitlines()[:3] == [pip_source(), 'matplotlib', 'pillow<13']
     with Image.open(out / 'examples/wide.png') as wide, Image.open(out / 'examples/tall.png') as tall:
@@ -107,9 +107,31 @@ def test_a_space_of_a_repository_names_it_and_preloads_it(tmp_path: Path) -> Non
     for source, name in (('me/cbam.mine', 'plain'), ('hf-hub:me/cbam.mine@main', 'pinned')):
         out = write_space(source, tmp_path / name, package='timm_attn @ git+https://example.org/x')
         assert front_matter(out)['models'] == front_matter(out)['preload_from_hub'] == ['me/cbam.mine']
-        assert json.loads((out / 'space.json').read_text())['model'] == source
+        assert json.loads((out / 'space.json').read_text())['models'][0]['model'] == source
         assert not (out / 'model').exists()
         assert (out / 'requirements.txt').read_text().startswith('timm_attn @ git+https://example.org/x\n')
+
+
+def test_two_models_stand_in_one_space(saved: Path, tmp_path: Path) -> None:
+    space_cli(saved, 'me/cbam.mine', '--out', tmp_path / 'mixed')
+    matter = front_matter(tmp_path / 'mixed')
+    assert matter['title'] == 'simple_cnn_cbam and cbam.mine: where they look' and matter['models'] == ['me/cbam.mine']
+    space = json.loads((tmp_path / 'mixed/space.json').read_text())
+    assert [(m['model'], m['folder']) for m in space['models']] == [
+        ('simple_cnn_cbam', 'model'),
+        ('me/cbam.mine', None),
+    ]
+    out = write_space([str(saved), str(saved)], tmp_path / 'twice')
+    weights = (saved / 'model.safetensors').read_bytes()
+    assert all((out / place / 'model.safetensors').read_bytes() == weights for place in ('model', 'beside'))
+    assert '&' not in (out / 'README.md').read_text(), 'the Hub reads no YAML aliases'
+
+
+@pytest.mark.parametrize('count', [0, 3])
+def test_a_space_shows_one_model_or_two(count: int, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f'one model or two side by side; {count} were given'):
+        write_space(['simple_cnn_se'] * count, tmp_path / 'space')
+    assert not (tmp_path / 'space').exists()
 
 
 def test_given_examples_replace_the_drawn_ones(tmp_path: Path) -> None:
@@ -140,7 +162,7 @@ def test_bad_input_is_named_and_nothing_is_written(saved: Path, tmp_path: Path) 
 def address(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The running app of a Space."""
     out = tmp_path_factory.mktemp('space') / 'space'
-    space_cli(saved, '--out', out, '--title', 'A <i>small</i> model')
+    space_cli(saved, 'simple_cnn', '--untrained', '--out', out, '--title', 'A <i>small</i> model')
     root = str(Path(timm_attn.__file__).parents[1])
     environment = {
         **os.environ,
@@ -184,11 +206,15 @@ def test_the_app_answers_with_labels_and_a_picture(address: str, saved: Path, tm
     client = gradio_client.Client(address, verbose=False, download_files=str(tmp_path / 'got'))
     try:
         for whole in (False, True):
-            labels, picture = client.predict(gradio_client.handle_file(str(image)), whole, api_name='/look')
+            labels, picture, beside, other = client.predict(
+                gradio_client.handle_file(str(image)), whole, api_name='/look'
+            )
             assert {c['label'] for c in labels['confidences']} == {'<b>cat</b>', '$\\frac{1$', 'emu'}
             assert sum(c['confidence'] for c in labels['confidences']) == pytest.approx(1, abs=1e-3)
-            with Image.open(picture) as drawn:
-                assert min(drawn.size) > 400
+            assert len(beside['confidences']) == 5
+            for shown in (picture, other):
+                with Image.open(shown) as drawn:
+                    assert min(drawn.size) > 300
         with pytest.raises(Exception, match='Upload an image first'):
             client.predict(None, False, api_name='/look')
     finally:
@@ -218,6 +244,9 @@ def test_a_browser_shows_labels_and_picture_and_asks_no_other_host(address: str,
         page.wait_for_selector('#img img')
         page.click('#look')
         page.wait_for_selector('#attention img', timeout=60_000)
+        page.wait_for_selector('#attention-beside img', timeout=60_000)
+        assert 'Untrained' in page.locator('#about-beside').inner_text()
+        assert page.locator('#img button[aria-label="Capture from camera"]').count() == 1
         labels = page.locator('#labels').inner_text()
         browser.close()
     assert all(label in labels for label in ('<b>cat</b>', '$\\frac{1$', 'emu'))

@@ -130,13 +130,14 @@ def figure_image(figure: 'Figure') -> Image.Image:
     return Image.open(buffer).convert('RGB')
 
 
-def draw_explanation(*explanations: Explanation) -> 'Figure':
+def draw_explanation(*explanations: Explanation, beside: Sequence[Explanation] = ()) -> 'Figure':
     """One image: what went in, what came out, and a row of panels for each kind of gate, one column a stage.
 
     Several models stand below each other. Each kind of gate has one scale over the whole picture.
 
     Args:
         *explanations: What to show, one a model.
+        beside: What pictures of their own show beside this one, which share its scales.
 
     Raises:
         ValueError: There is nothing to show.
@@ -146,7 +147,7 @@ def draw_explanation(*explanations: Explanation) -> 'Figure':
         raise ValueError('draw_explanation needs at least one explanation.')
     rows = [e.rows() for e in explanations]
     values: dict[tuple[str, Gate], list[Tensor]] = {}
-    for (kind, gate), sites in (item for r in rows for item in r.items()):
+    for (kind, gate), sites in (item for r in (*rows, *(e.rows() for e in beside)) for item in r.items()):
         values.setdefault((kind, gate), []).extend(sites.values())
     scales = {row: scale_of(shown, row[1]) for row, shown in values.items()}
     columns = max(4, *(len(e.shown_sites()) for e in explanations))

@@ -1,6 +1,6 @@
 """`timm-attn space`: a folder to push as a Gradio Space, where visitors upload an image and see the attention maps.
 
-The folder holds README.md with the Space's front matter, app.py, space.json (which model), requirements.txt, examples
+The folder holds README.md with the Space's front matter, app.py, space.json (which models), requirements.txt, examples
 and, for a model from a folder, the model itself. app.py is the same for all models: whatever a model's files say ends
 up in JSON or YAML, never in code.
 """
@@ -8,7 +8,8 @@ up in JSON or YAML, never in code.
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,39 @@ SDK_VERSION = '6.31.0'
 REQUIREMENTS = ('matplotlib', 'pillow<13', 'torch', 'torchvision')
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """A model of a Space: its name, its Hub repository, its files where it is a folder, and its line in space.json."""
+
+    name: str
+    repo: str | None
+    files: Mapping[str, bytes]
+    line: dict[str, Any]
+
+
+def _shown(source: str, place: str, pretrained: bool) -> _Shown:
+    folder = Path(source.removeprefix('local-dir:'))
+    if folder.is_dir():
+        model = open_folder(folder)
+        name = model.config.architecture
+        # A path of this machine means nothing where the Space runs; the model lies beside app.py there.
+        return _Shown(name, None, model.files, {'model': name, 'folder': place, 'pretrained': pretrained})
+    line = {'model': source, 'folder': None, 'pretrained': pretrained}
+    if source.startswith('hf-hub:') or source.count('/') == 1:
+        repo = source.removeprefix('hf-hub:')
+        if not re.fullmatch(r'[\w.-]+/[\w.-]+(@[\w./-]+)?', repo):
+            raise ValueError(f"'{source}' is no Hub repository: expected owner/name or owner/name@revision.")
+        repo = repo.partition('@')[0]
+        return _Shown(repo.rpartition('/')[2], repo, {}, line)
+    if not timm.is_model(source):
+        raise ValueError(
+            f"'{source}' is no folder, no Hub repository (owner/name) and no registered model: see timm-attn list."
+        )
+    return _Shown(source, None, {}, line)
+
+
 def write_space(
-    source: str,
+    source: str | Sequence[str],
     out: str | Path,
     *,
     title: str | None = None,
@@ -42,38 +74,35 @@ def write_space(
     """Writes the folder of a Space, all of it or nothing.
 
     Args:
-        source: The model: a folder from `timm_attn.save`, a Hub repository ('me/cbam'), or a registered model.
+        source: The model: a folder from `timm_attn.save`, a Hub repository ('me/cbam'), or a registered model. Two
+            stand side by side, with one scale for each kind of gate.
         out: The folder.
-        title: Title of the Space, the model's name by default.
+        title: Title of the Space, by default the models' names.
         package: What pip installs timm_attn from, such as a git URL; by default what `version.pip_source` says.
         license: Licence of the Space, an id that the Hub knows; without it none is stated.
         examples: Images to offer; two drawn ones without.
         imports: Modules that the Space imports first, since they register attentions of your own; `package` must
             install them too.
-        pretrained: Load weights of a registered model; False is for trying things out.
+        pretrained: Load weights of registered models; False is for trying things out.
         overwrite: Replace a folder that is not empty.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: The model, an example or the folder will not do; the message says which and why.
+        ValueError: A model, their number, an example or the folder will not do; the message says which and why.
         ImportError: PyYAML, which timm and the Hub client bring, is missing.
     """
     yaml = require('yaml', 'demo', pip_name='pyyaml')
-    folder = Path(source.removeprefix('local-dir:'))
-    repo = source.removeprefix('hf-hub:')
-    is_folder = folder.is_dir()
-    is_repo = not is_folder and (source.startswith('hf-hub:') or source.count('/') == 1)
-    if is_repo and not re.fullmatch(r'[\w.-]+/[\w.-]+(@[\w./-]+)?', repo):
-        raise ValueError(f"'{source}' is no Hub repository: expected owner/name or owner/name@revision.")
-    if not is_folder and not is_repo and not timm.is_model(source):
-        raise ValueError(
-            f"'{source}' is no folder, no Hub repository (owner/name) and no registered model: see timm-attn list."
-        )
-    model = open_folder(folder) if is_folder else None
-    name = model.config.architecture if model else repo.partition('@')[0].rpartition('/')[2]
-    title = ' '.join((title or f'{name}: where it looks').split())
+    sources = [source] if isinstance(source, str) else list(source)
+    if len(sources) not in (1, 2):
+        raise ValueError(f'A Space shows one model or two side by side; {len(sources)} were given.')
+    models = [_shown(s, place, pretrained) for s, place in zip(sources, ('model', 'beside'), strict=False)]
+    title = ' '.join(
+        (
+            title or f'{" and ".join(m.name for m in models)}: where {"it looks" if len(models) == 1 else "they look"}'
+        ).split()
+    )
     for example in map(Path, examples):
         open_image(example)
     matter: dict[str, Any] = {
@@ -88,40 +117,37 @@ def write_space(
         'short_description': 'Upload an image, see labels and attention maps',
         'tags': ['timm', 'timm_attn', 'attention', 'image-classification'],
     }
-    if is_repo:
-        matter['models'] = [repo.partition('@')[0]]
-        matter['preload_from_hub'] = [repo.partition('@')[0]]
+    if repos := list(dict.fromkeys(m.repo for m in models if m.repo)):
+        matter['models'] = repos
+        matter['preload_from_hub'] = list(repos)  # the same list would be written as a YAML alias
     if license:
         matter['license'] = license
     head = yaml.safe_dump(matter, sort_keys=False, allow_unicode=True, width=10_000)
     with atomic_dir(out, overwrite) as written:
-        (written / 'README.md').write_text(f'---\n{head}---\n\n{_about(title, source)}', encoding='utf-8')
+        (written / 'README.md').write_text(f'---\n{head}---\n\n{_about(title)}', encoding='utf-8')
         shutil.copyfile(APP, written / 'app.py')
-        # A path of this machine means nothing where the Space runs; the model lies beside app.py there.
-        space = {'title': title, 'model': name if is_folder else source, 'folder': is_folder, 'pretrained': pretrained}
-        space['imports'] = list(imports)
+        space = {'title': title, 'models': [m.line for m in models], 'imports': list(imports)}
         (written / 'space.json').write_text(json.dumps(space, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
-        (written / 'requirements.txt').write_text(
-            '\n'.join((package or pip_source(), *REQUIREMENTS)) + '\n', encoding='utf-8'
-        )
+        requirements = (package or pip_source(), *REQUIREMENTS)
+        (written / 'requirements.txt').write_text('\n'.join(requirements) + '\n', encoding='utf-8')
         (written / 'examples').mkdir()
         if examples:
             for i, example in enumerate(map(Path, examples)):
                 shutil.copyfile(example, written / 'examples' / f'{i:02d}{example.suffix.lower()}')
         else:
             _draw_examples(written / 'examples')
-        if model:
-            (written / 'model').mkdir()
+        for model in models:
             for file, data in model.files.items():
-                (written / 'model' / file).write_bytes(data)
+                (written / model.line['folder']).mkdir(exist_ok=True)
+                (written / model.line['folder'] / file).write_bytes(data)
     return Path(out)
 
 
-def _about(title: str, source: str) -> str:
+def _about(title: str) -> str:
     return f"""\
 # {title}
 
-Upload an image; the labels and the attention maps of the model appear beside it.
+Upload an image or take a photo; labels and attention maps appear beside it.
 
 To try it here, in an environment of its own (gradio needs pillow < 13):
 

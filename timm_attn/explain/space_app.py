@@ -1,4 +1,4 @@
-"""Upload an image; see the model's labels and where its attentions look. `space.json` names the model."""
+"""Upload an image; see labels, and where attentions look. `space.json` names one model, or two side by side."""
 
 import html
 import importlib
@@ -19,38 +19,59 @@ HERE = Path(__file__).parent
 SPACE: dict[str, Any] = json.loads((HERE / 'space.json').read_text(encoding='utf-8'))
 for module in SPACE['imports']:
     importlib.import_module(module)
-MODEL = load_model(str(HERE / 'model') if SPACE['folder'] else SPACE['model'], pretrained=SPACE['pretrained'])
+MODELS = [
+    load_model(str(HERE / m['folder']) if m['folder'] else m['model'], pretrained=m['pretrained'])
+    for m in SPACE['models']
+]
 
 
-def look(image: Image.Image | None, whole: bool) -> tuple[dict[str, float], Image.Image]:
-    """Labels with their probabilities, and the picture of the attentions."""
+def look(image: Image.Image | None, whole: bool) -> list[dict[str, float] | Image.Image]:
+    """Labels with their probabilities and the picture of the attentions, of each model, with one scale for all."""
     if image is None:
         raise gr.Error('Upload an image first.')
-    found = explain_image(MODEL, image, crop=not whole, cam=False)
-    return dict(found.top), figure_image(draw_explanation(found))
+    names = [m['model'] for m in SPACE['models']]
+    found = [explain_image(m, image, title=n, crop=not whole) for m, n in zip(MODELS, names, strict=True)]
+    return [shown for e in found for shown in (dict(e.top), figure_image(draw_explanation(e, beside=found)))]
+
+
+def about(number: int) -> str:
+    """What a model is, and whether its weights are random."""
+    model, parameters = MODELS[number], sum(p.numel() for p in MODELS[number].parameters())
+    name = html.escape(SPACE['models'][number]['model'])
+    text = f'### {name}\n{parameters / 1e6:.2f} M parameters, {len(attn_sites(model))} attentions.'
+    return f'{text} **Untrained: its weights are random, and so is what is shown.**' if is_untrained(model) else text
 
 
 with gr.Blocks(title=SPACE['title']) as demo:
     gr.Markdown(f'# {html.escape(SPACE["title"])}')
+    outputs = []
     with gr.Row():
-        with gr.Column(scale=1):
-            image = gr.Image(type='pil', label='Image', elem_id='img')
+        with gr.Column():
+            image = gr.Image(type='pil', label='Image', sources=['upload', 'webcam', 'clipboard'], elem_id='img')
             whole = gr.Checkbox(label='Whole image instead of its centre', elem_id='whole')
             button = gr.Button('Look', variant='primary', elem_id='look')
-            labels = gr.Label(num_top_classes=5, label='Labels', elem_id='labels')
             gr.Examples([str(p) for p in sorted((HERE / 'examples').iterdir())], inputs=[image])
-        with gr.Column(scale=2):
+        for i, end in zip(range(len(MODELS)), ('', '-beside'), strict=False):
+            with gr.Column():
+                gr.Markdown(about(i), elem_id=f'about{end}')
+                outputs.append(gr.Label(num_top_classes=5, label='Labels', elem_id=f'labels{end}'))
+    with gr.Row():
+        for i, end in zip(range(len(MODELS)), ('', '-beside'), strict=False):
             # Without its label, which would lie on the picture's title.
             picture = gr.Image(
-                label='Attention', show_label=False, type='pil', format='png', interactive=False, elem_id='attention'
+                label='Attention',
+                show_label=False,
+                type='pil',
+                format='png',
+                interactive=False,
+                min_width=480,
+                elem_id=f'attention{end}',
             )
-            parameters = sum(p.numel() for p in MODEL.parameters())
-            gr.Markdown(
-                f'{parameters / 1e6:.2f} M parameters, {len(attn_sites(MODEL))} attentions. '
-                f'{"The weights are random: this model is untrained. " if is_untrained(MODEL) else ""}'
-                'Bright is a large gate. Gates show what the network passes on, not why it decided.'
-            )
-    button.click(look, [image, whole], [labels, picture], api_name='look')
+            outputs.insert(2 * i + 1, picture)
+    gr.Markdown(
+        'Bright is a large gate; all models share a scale. Gates show what the network passes on, not why it decided.'
+    )
+    button.click(look, [image, whole], outputs, api_name='look')
 demo.queue(max_size=16)
 
 if __name__ == '__main__':
