@@ -16,7 +16,7 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..injection import gate_of_output
-from ..layers import BAM, GateForm, GroupNorm, SelectiveKernel
+from ..layers import BAM, GateConv, GateForm, GroupNorm, SelectiveKernel
 from ..models.sk_resnet import SKBottleneck
 from . import kernels
 from .compile import compiler_works
@@ -102,6 +102,7 @@ _RECOMPUTABLE = (
     nn.LayerNorm,
     nn.GroupNorm,
     GroupNorm,
+    GateConv,
     nn.Identity,
     nn.ReLU,
     nn.Sigmoid,
@@ -502,7 +503,7 @@ def fuse(model: nn.Module, *, freeze: bool = False, compile: bool = True) -> nn.
     for m in new + done:
         cast(Any, m).compiled = compile
         for part in m.modules():
-            if type(part) is nn.Conv2d and is_gate_conv(part):
+            if isinstance(part, nn.Conv2d) and type(part) in (nn.Conv2d, GateConv) and is_gate_conv(part):
                 part.__class__ = FusedGateConv
     if freeze:
         _freeze(model)

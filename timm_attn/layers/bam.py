@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Attention, Gate, check_choice, rd_ratio_of, reduced_channels
+from ._gate import gated, mean
 from ._registry import register_attn
 
 
@@ -100,7 +101,7 @@ class BAM(Attention):
 
     def channel_branch(self, x: Tensor) -> Tensor:
         # BatchNorms of maps of one pixel: timm freezes, splits and synchronises those of maps.
-        z = self.bn1(self.fc1(x.mean((2, 3)))[:, :, None, None]).relu()  # (N, C // r, 1, 1)
+        z = self.bn1(self.fc1(mean(x, [2, 3]))[:, :, None, None]).relu()  # (N, C // r, 1, 1)
         z = self.fc2(z.flatten(1))[:, :, None, None]  # (N, C, 1, 1)
         return self.bn_channel(z) if self.add else z
 
@@ -116,7 +117,7 @@ class BAM(Attention):
     def forward(self, x: Tensor) -> Tensor:
         mc, ms = self.channel_branch(x), self.spatial_branch(x)
         m = mc + ms if self.add else mc * ms  # (N, C, H, W)
-        return x * ((1 + m.sigmoid()) * self.gain)
+        return gated(x, [1 + m.sigmoid_()], self.gain)
 
     @classmethod
     def options_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Attention, Gate, GateForm, check_choice, check_odd, kernel_size_of, rd_ratio_of, reduced_channels
+from ._gate import GateConv, gated, pooled
 from ._registry import register_attn
 
 ORDERS = ('channel-spatial', 'spatial-channel', 'parallel')
@@ -85,7 +86,7 @@ class CBAM(Attention):
                 nn.init.zeros_(self.fc2.bias)
         if spatial:
             check_odd(kernel_size)
-            self.conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False, **dd)
+            self.conv = GateConv(2, 1, kernel_size, padding=kernel_size // 2, bias=False, **dd)
             self.bn = nn.BatchNorm2d(1, momentum=0.01, **dd)
             nn.init.kaiming_normal_(self.conv.weight, mode='fan_out', nonlinearity='relu')
             nn.init.zeros_(self.bn.weight)
@@ -104,8 +105,9 @@ class CBAM(Attention):
         z = self.fc2(self.fc1(torch.stack([mean, peak])).relu()).sum(0)  # one pass through the MLP for both
         return z.sigmoid()[:, :, None, None]  # (N, C, 1, 1)
 
-    def channel_gate(self, x: Tensor) -> Tensor:
-        return self.gate_of(x.mean((2, 3)), x.amax((2, 3)))  # (N, C, 1, 1)
+    def channel_gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x, mean, peak = pooled(x, [2, 3])
+        return x, self.gate_of(mean, peak)  # (N, C, 1, 1)
 
     def gate_of_pixels(self, pooled: Tensor) -> Tensor:  # (N, 2, H, W)
         return self.bn(self.conv(pooled)).sigmoid()  # (N, 1, H, W)
@@ -118,22 +120,30 @@ class CBAM(Attention):
     def gates_of_pools(self, pools: list[Tensor]) -> list[Tensor]:
         return [self.gate_of_pixels(pools[0])]
 
-    def spatial_gate(self, x: Tensor) -> Tensor:
-        pooled = torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], dim=1)  # (N, 2, H, W)
-        return self.gate_of_pixels(pooled)  # (N, 1, H, W)
+    def spatial_gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x, mean, peak = pooled(x, [1], keepdim=True)
+        return x, self.gate_of_pixels(torch.cat([peak, mean], dim=1))  # (N, 1, H, W)
+
+    def by_channel(self, x: Tensor, gain: float) -> Tensor:
+        x, gate = self.channel_gate(x)
+        return gated(x, [gate], gain)
+
+    def by_pixel(self, x: Tensor, gain: float) -> Tensor:
+        x, gate = self.spatial_gate(x)
+        return gated(x, [gate], gain)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.spatial:
-            return x * (self.channel_gate(x) * self.gain)
+            return self.by_channel(x, self.gain)
         if not self.channel:
-            return x * (self.spatial_gate(x) * self.gain)
+            return self.by_pixel(x, self.gain)
         if self.order == 'parallel':
-            return x * (self.channel_gate(x) * (self.spatial_gate(x) * self.gain))
+            x, channel = self.channel_gate(x)
+            x, spatial = self.spatial_gate(x)
+            return gated(x, [channel * (spatial * self.gain)])
         if self.order == 'spatial-channel':
-            x = x * self.spatial_gate(x)
-            return x * (self.channel_gate(x) * self.gain)
-        x = x * self.channel_gate(x)
-        return x * (self.spatial_gate(x) * self.gain)
+            return self.by_channel(self.by_pixel(x, 1.0), self.gain)
+        return self.by_pixel(self.by_channel(x, 1.0), self.gain)
 
     @classmethod
     def options_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
@@ -144,7 +154,7 @@ class CBAM(Attention):
         found, of = {}, {'channel': self.channel_gate, 'spatial': self.spatial_gate}
         for kind in ('spatial', 'channel') if self.order == 'spatial-channel' else ('channel', 'spatial'):
             if self.channel if kind == 'channel' else self.spatial:
-                gate = of[kind](x)
+                x, gate = of[kind](x)
                 found[kind] = gate.flatten(1) if kind == 'channel' else gate.squeeze(1)
                 if self.order != 'parallel':
                     x = x * gate

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._base import Attention, Gate
+from ._gate import gated, mean
 from ._registry import register_attn
 
 
@@ -76,7 +77,7 @@ class CoordAttention(Attention):
 
     def row_and_column_gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h, w = x.shape[2], x.shape[3]
-        strip = torch.cat([x.mean(3), x.mean(2)], dim=2).unsqueeze(3)  # (N, C, H + W, 1)
+        strip = torch.cat([mean(x, [3]), mean(x, [2])], dim=2).unsqueeze(3)  # (N, C, H + W, 1)
         u = F.hardswish(self.bn1(self.conv1(strip)))  # (N, hidden, H + W, 1)
         u_h, u_w = u.split([h, w], dim=2)
         a_w = self.conv_w(u_w).sigmoid().transpose(2, 3)
@@ -84,7 +85,7 @@ class CoordAttention(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         a_h, a_w = self.row_and_column_gates(x)
-        return x * (a_h * (a_w * self.gain))
+        return gated(x, [a_h * (a_w * self.gain)])
 
     @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Attention, Gate, check_odd, kernel_size_of
+from ._gate import gated, mean
 from ._registry import register_attn
 
 
@@ -70,10 +71,10 @@ class ECA(Attention):
         return z.sigmoid().squeeze(1)[:, :, None, None]  # (N, C, 1, 1)
 
     def channel_gate(self, x: Tensor) -> Tensor:
-        return self.gate_of(x.mean((2, 3)))  # (N, C, 1, 1)
+        return self.gate_of(mean(x, [2, 3]))  # (N, C, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * (self.channel_gate(x) * self.gain)
+        return gated(x, [self.channel_gate(x)], self.gain)
 
     @classmethod
     def options_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Attention, Gate
+from ._gate import gated, mean
 from ._norm import GroupNorm
 from ._precision import matmul_upcast, upcast
 from ._registry import register_attn
@@ -76,19 +77,19 @@ class EMA(Attention):
     def group_gate(self, x: Tensor) -> Tensor:
         h, w = x.shape[2], x.shape[3]
         v = x.unflatten(1, (self.groups, -1)).flatten(0, 1)  # (N g, c, H, W)
-        strip = torch.cat([v.mean(3), v.mean(2)], dim=2).unsqueeze(3)  # (N g, c, H + W, 1)
+        strip = torch.cat([mean(v, [3]), mean(v, [2])], dim=2).unsqueeze(3)  # (N g, c, H + W, 1)
         u_h, u_w = self.conv1x1(strip).sigmoid().split([h, w], dim=2)
         v1 = self.gn(v * u_h * u_w.transpose(2, 3))  # (N g, c, H, W)
         v2 = self.conv3x3(v)  # (N g, c, H, W)
-        w1 = upcast(v1).mean((2, 3)).softmax(1).unsqueeze(1)  # (N g, 1, c)
-        w2 = upcast(v2).mean((2, 3)).softmax(1).unsqueeze(1)
+        w1 = mean(upcast(v1), [2, 3]).softmax(1).unsqueeze(1)  # (N g, 1, c)
+        w2 = mean(upcast(v2), [2, 3]).softmax(1).unsqueeze(1)
         t = matmul_upcast(w1, v2.flatten(2)) + matmul_upcast(w2, v1.flatten(2))  # (N g, 1, M)
         gate = t.sigmoid().to(x.dtype).unflatten(0, (-1, self.groups))  # (N, g, 1, M)
         return gate.unflatten(3, (h, w))  # (N, g, 1, H, W)
 
     def forward(self, x: Tensor) -> Tensor:
         v = x.unflatten(1, (self.groups, -1))  # (N, g, c, H, W)
-        return (v * (self.group_gate(x) * self.gain)).flatten(1, 2)
+        return gated(v, [self.group_gate(x)], self.gain).flatten(1, 2)
 
     @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:

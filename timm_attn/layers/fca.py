@@ -19,6 +19,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from ._base import Attention, Gate, rd_ratio_of, reduced_channels
+from ._gate import gated
 from ._precision import upcast
 from ._registry import register_attn
 
@@ -120,7 +121,7 @@ class FCA(Attention):
         return self.fc2(self.fc1(z).relu()).sigmoid()[:, :, None, None]  # (N, C, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * (self.channel_gate(x) * self.gain)
+        return gated(x, [self.channel_gate(x)], self.gain)
 
     @classmethod
     def options_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._base import Attention, Gate, check_choice, rd_ratio_of, reduced_channels
+from ._gate import gated
 from ._registry import register_attn
 
 
@@ -128,10 +129,10 @@ class GAM(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.spatial:
-            return x * (self.pixel_gate(x) * self.gain)
+            return gated(x, [self.pixel_gate(x)], self.gain)
         if self.channel:
-            x = x * self.pixel_gate(x)
-        return x * (self.spatial_gate(x) * self.gain)
+            x = gated(x, [self.pixel_gate(x)])
+        return gated(x, [self.spatial_gate(x)], self.gain)
 
     @classmethod
     def options_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:

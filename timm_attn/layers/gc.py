@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Attention, Gate, check_choice, rd_ratio_of, reduced_channels
+from ._gate import gated, mean
 from ._precision import matmul_upcast, upcast
 from ._registry import register_attn
 
@@ -129,13 +130,13 @@ class GlobalContext(Attention):
     def context(self, x: Tensor) -> Tensor:
         if self.attn_pool:
             return matmul_upcast(x.flatten(2), self.weights(x).transpose(1, 2)).squeeze(2).to(x.dtype)  # (N, C)
-        return x.mean((2, 3))  # (N, C)
+        return mean(x, [2, 3])  # (N, C)
 
     def forward(self, x: Tensor) -> Tensor:
         c = self.context(x).to(x.dtype)
         y = x
         if self.mul:
-            y = y * (self.mlp_scale(c).sigmoid() * self.gain)
+            y = gated(y, [self.mlp_scale(c).sigmoid()], self.gain)
         if self.add:
             v = self.mlp_add(c)
             if self.mul:

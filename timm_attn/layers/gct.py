@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Attention, Gate, check_choice
+from ._gate import gated
 from ._precision import upcast
 from ._registry import register_attn
 
@@ -81,7 +82,7 @@ class GCT(Attention):
         return (1 + (e * n + self.beta).tanh()).to(x.dtype)  # (N, C, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * (self.channel_gate(x) * self.gain)
+        return gated(x, [self.channel_gate(x)], self.gain)
 
     @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Attention, Gate
+from ._gate import gated, mean
 from ._precision import matmul_upcast, no_autocast, upcast
 from ._registry import register_attn
 
@@ -82,7 +83,7 @@ class GSoP(Attention):
     def covariance(self, x: Tensor) -> Tensor:
         t = self.bn_reduce(self.conv_reduce(x.relu())).relu()  # (N, d, H', W')
         t = upcast(t).flatten(2)  # (N, d, M)
-        t = t - t.mean(2, keepdim=True)
+        t = t - mean(t, [2], keepdim=True)
         return matmul_upcast(t, t.transpose(1, 2)) / t.shape[2]  # (N, d, d)
 
     def channel_gate(self, s: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ class GSoP(Attention):
             return self.conv_expand(self.conv_row(v)).sigmoid()  # (N, C, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * (self.channel_gate(self.covariance(x)).to(x.dtype) * self.gain)
+        return gated(x, [self.channel_gate(self.covariance(x)).to(x.dtype)], self.gain)
 
     @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._base import Attention, Gate
+from ._gate import mean
 from ._norm import GroupNorm
 from ._precision import matmul_upcast, upcast
 from ._registry import register_attn
@@ -144,8 +145,8 @@ class SCSA(Attention):
         return torch.cat([self.conv3(a), self.conv5(b), self.conv7(c), self.conv9(d)], 1)
 
     def row_and_column_gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        a_h = self.norm_h(self.neighbours(x.mean(3))).sigmoid()  # (N, C, H)
-        a_w = self.norm_w(self.neighbours(x.mean(2))).sigmoid()  # (N, C, W)
+        a_h = self.norm_h(self.neighbours(mean(x, [3]))).sigmoid()  # (N, C, H)
+        a_w = self.norm_w(self.neighbours(mean(x, [2]))).sigmoid()  # (N, C, W)
         return a_h.to(x.dtype), a_w.to(x.dtype)
 
     def matrix_and_channel_gate(self, x: Tensor) -> tuple[Tensor, Tensor]:

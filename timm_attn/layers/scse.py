@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Attention, Gate, check_choice, rd_ratio_of, reduced_channels
+from ._gate import gated, mean
 from ._registry import register_attn
 
 
@@ -74,7 +75,7 @@ class SCSE(Attention):
                 nn.init.zeros_(layer.bias)
 
     def channel_gate(self, x: Tensor) -> Tensor:
-        return self.fc2(self.fc1(x.mean((2, 3))).relu()).sigmoid()[:, :, None, None]  # (N, C, 1, 1)
+        return self.fc2(self.fc1(mean(x, [2, 3])).relu()).sigmoid()[:, :, None, None]  # (N, C, 1, 1)
 
     def spatial_gate(self, x: Tensor) -> Tensor:
         return self.conv(x).sigmoid()  # (N, 1, H, W)
@@ -82,9 +83,9 @@ class SCSE(Attention):
     def forward(self, x: Tensor) -> Tensor:
         a, g = self.channel_gate(x), self.spatial_gate(x)
         if self.add:
-            return x * ((a + g) * self.gain)
+            return gated(x, [a, g], self.gain)
         # In the neutral state all elements are ties, of which maximum() gives half the gradient to either side.
-        return torch.maximum(x * (a * self.gain), x * (g * self.gain))
+        return torch.maximum(gated(x, [a], self.gain), gated(x, [g], self.gain))
 
     @classmethod
     def options_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:

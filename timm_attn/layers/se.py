@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Attention, Gate, rd_ratio_of, reduced_channels
+from ._gate import gated, mean
 from ._registry import register_attn
 
 
@@ -72,10 +73,10 @@ class SqueezeExcite(Attention):
         return self.fc2(self.fc1(mean[:, :, None, None]).relu()).sigmoid()  # (N, C, 1, 1)
 
     def channel_gate(self, x: Tensor) -> Tensor:
-        return self.gate_of(x.mean((2, 3)))  # (N, C, 1, 1)
+        return self.gate_of(mean(x, [2, 3]))  # (N, C, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * (self.channel_gate(x) * self.gain)
+        return gated(x, [self.channel_gate(x)], self.gain)
 
     @classmethod
     def options_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Attention, Gate
+from ._gate import gated, mean
 from ._precision import upcast
 from ._registry import register_attn
 
@@ -72,7 +73,7 @@ class SGE(Attention):
     def group_gate(self, x: Tensor) -> Tensor:
         m = x.shape[2] * x.shape[3]
         v = upcast(x).unflatten(1, (self.groups, -1))  # (N, g, c, H, W)
-        q = (v * v.mean((3, 4), keepdim=True)).sum(2)  # (N, g, H, W)
+        q = (v * mean(v, [3, 4], keepdim=True)).sum(2)  # (N, g, H, W)
         q = q - q.mean((2, 3), keepdim=True)
         # Unbiased; one pixel has no spread, and 1 // m keeps the divisor from being 0.
         var = q.square().sum((2, 3), keepdim=True) / (m - 1 + 1 // m)  # (N, g, 1, 1)
@@ -85,7 +86,7 @@ class SGE(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         v = x.unflatten(1, (self.groups, -1))  # (N, g, c, H, W)
-        return (v * (self.group_gate(x) * self.gain)).flatten(1, 2)
+        return gated(v, [self.group_gate(x)], self.gain).flatten(1, 2)
 
     @classmethod
     def options_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:

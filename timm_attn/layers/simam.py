@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ._base import Attention, Gate
+from ._gate import gated, mean
 from ._precision import upcast
 from ._registry import register_attn
 
@@ -71,13 +72,13 @@ class SimAM(Attention):
     def pixel_gate(self, x: Tensor) -> Tensor:
         m = x.shape[2] * x.shape[3]
         u = upcast(x)
-        d = (u - u.mean((2, 3), keepdim=True)).square()  # (N, C, H, W)
+        d = (u - mean(u, [2, 3], keepdim=True)).square()  # (N, C, H, W)
         # Unbiased; one pixel has no spread, and 1 // m keeps the divisor from being 0.
         v = d.sum((2, 3), keepdim=True) / (m - 1 + 1 // m)  # (N, C, 1, 1)
-        return (d / (4 * (v + self.e_lambda)) + 0.5).sigmoid().to(x.dtype)  # (N, C, H, W)
+        return gated(d, [1 / (4 * (v + self.e_lambda))]).add_(0.5).sigmoid_().to(x.dtype)  # (N, C, H, W)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * (self.pixel_gate(x) * self.gain)
+        return gated(x, [self.pixel_gate(x)], self.gain)
 
     @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:

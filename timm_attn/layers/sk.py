@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Attention, Gate, check_choice, reduced_channels
+from ._gate import gated, mean
 from ._registry import register_attn
 
 # form: groups and dilation of the two branches, least width of the squeeze
@@ -103,14 +104,14 @@ class SelectiveKernel(Attention):
         return self.bn1(self.conv1(x)).relu(), self.bn2(self.conv2(x)).relu()  # (N, D, H, W) both
 
     def choice(self, u: Tensor) -> Tensor:
-        z = u.mean((2, 3))[:, :, None, None]  # (N, D, 1, 1)
+        z = mean(u, [2, 3])[:, :, None, None]  # (N, D, 1, 1)
         z = self.bn(self.fc1(z)).relu()  # (N, d, 1, 1)
         return self.fc2(z).unflatten(1, (2, -1)).softmax(1)  # (N, 2, D, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         u0, u1 = self.branches(x)
         a = self.choice(u0 + u1).to(u0.dtype)
-        return u0 * a[:, 0] + u1 * a[:, 1]
+        return gated(u0, [a[:, 0]]) + gated(u1, [a[:, 1]])
 
     @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Attention, Gate
+from ._gate import gated, mean
 from ._precision import upcast
 from ._registry import register_attn
 
@@ -70,15 +71,15 @@ class SRM(Attention):
     def channel_gate(self, x: Tensor) -> Tensor:
         m = x.shape[2] * x.shape[3]
         u = upcast(x)
-        mean = u.mean((2, 3), keepdim=True)  # (N, C, 1, 1)
+        centre = mean(u, [2, 3], keepdim=True)  # (N, C, 1, 1)
         # The squared distance to the mean: torch.var is several times slower on CPU, and keeps as much for backward.
         # The operator itself, since mse_loss() compares sizes, which torch.jit.trace cannot follow.
-        var = torch.ops.aten.mse_loss(u, mean.expand_as(u), 0).mean((2, 3))  # (N, C)
-        # Unbiased: m / (m - 1). One element has no spread, and 1 // m keeps the divisor from being 0.
-        return self.gate_of(mean.flatten(1), var * (m / (m - 1 + 1 // m))).to(x.dtype)  # (N, C, 1, 1)
+        var = torch.ops.aten.mse_loss(u, centre.expand_as(u), 0).sum((2, 3))  # (N, C)
+        # Unbiased. One element has no spread, and 1 // m keeps the divisor from being 0.
+        return self.gate_of(centre.flatten(1), var / (m - 1 + 1 // m)).to(x.dtype)  # (N, C, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * (self.channel_gate(x) * self.gain)
+        return gated(x, [self.channel_gate(x)], self.gain)
 
     @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Attention, Gate, GateForm, check_odd, kernel_size_of
+from ._gate import GateConv, gated, pooled
 from ._registry import register_attn
 
 
@@ -40,7 +41,7 @@ class PlaneGate(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         check_odd(kernel_size)
-        self.conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False, **dd)
+        self.conv = GateConv(2, 1, kernel_size, padding=kernel_size // 2, bias=False, **dd)
         self.bn = nn.BatchNorm2d(1, momentum=0.01, **dd)
         nn.init.kaiming_normal_(self.conv.weight, mode='fan_out', nonlinearity='relu')
         nn.init.constant_(self.bn.weight, bn_weight)
@@ -108,14 +109,15 @@ class TripletAttention(Attention):
                 nn.init.zeros_(gate.bn.weight)
                 nn.init.zeros_(gate.bn.bias)
 
-    def pooled(self, x: Tensor) -> list[Tensor]:
-        planes = [
-            torch.stack([x.amax(2), x.mean(2)], dim=1),  # (N, 2, C, W)
-            torch.stack([x.amax(3), x.mean(3)], dim=1).transpose(2, 3),  # (N, 2, H, C)
-        ]
+    def pooled(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        x, mean, peak = pooled(x, [2])
+        planes = [torch.stack([peak, mean], dim=1)]  # (N, 2, C, W)
+        x, mean, peak = pooled(x, [3])
+        planes.append(torch.stack([peak, mean], dim=1).transpose(2, 3))  # (N, 2, H, C)
         if self.spatial:
-            planes.append(torch.stack([x.amax(1), x.mean(1)], dim=1))  # (N, 2, H, W)
-        return planes
+            x, mean, peak = pooled(x, [1])
+            planes.append(torch.stack([peak, mean], dim=1))  # (N, 2, H, W)
+        return x, planes
 
     def gate_form(self) -> GateForm:
         return GateForm(dims=(2, 3, 1) if self.spatial else (2, 3))
@@ -134,11 +136,8 @@ class TripletAttention(Attention):
         return gates
 
     def forward(self, x: Tensor) -> Tensor:
-        gates = self.gates_of(self.pooled(x))
-        gate = gates[0] + gates[1]  # (N, C, H, W)
-        if self.spatial:
-            return x * ((gate + gates[2]) * (self.gain / 3))
-        return x * (gate * (self.gain / 2))
+        x, planes = self.pooled(x)
+        return gated(x, self.gates_of(planes), self.gain / len(planes))
 
     @classmethod
     def options_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
@@ -147,7 +146,7 @@ class TripletAttention(Attention):
     @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:
         """'cw' (N, C, W), 'hc' (N, H, C), and 'spatial' (N, H, W) of the unrotated branch."""
-        gates = self.gates_of(self.pooled(x))
+        gates = self.gates_of(self.pooled(x)[1])
         found = {'cw': gates[0].squeeze(2), 'hc': gates[1].squeeze(3).transpose(1, 2)}
         if self.spatial:
             found['spatial'] = gates[2].squeeze(1)

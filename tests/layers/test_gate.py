@@ -1,0 +1,214 @@
+"""The gradients of poolings, gates and their convolution are those that torch derives from the plain equations."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+
+from timm_attn import create_attn
+from timm_attn.layers import GateConv, _gate
+from timm_attn.layers._gate import gated, mean, pooled
+
+SHAPE = (5, 4, 3, 6)
+DIMS = [[2, 3], [1], [2], [3]]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def example(dtype: torch.dtype = torch.float64, layout: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """A map in which each maximum is reached about twice."""
+    x = torch.randint(-2, 3, SHAPE, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return x.contiguous(memory_format=layout).requires_grad_()
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_()
+
+
+def squares(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([t.square().sum() for t in tensors]).sum()
+
+
+def ours(dim: list[int]) -> Callable[[Tensor, Tensor], Tensor]:
+    def call(x: Tensor, a: Tensor) -> Tensor:
+        centre = mean(x, dim, keepdim=True)
+        x, low, high = pooled(x, dim, keepdim=True)
+        return gated(x, [a * low + high * high, centre + 0.5, a * a])
+
+    return call
+
+
+def plain(dim: list[int]) -> Callable[[Tensor, Tensor], Tensor]:
+    def call(x: Tensor, a: Tensor) -> Tensor:
+        low, high = x.mean(dim, keepdim=True), x.amax(dim, keepdim=True)
+        return x * (a * low + high * high + low + 0.5 + a * a)
+
+    return call
+
+
+@pytest.fixture(params=[1, 2 * math.prod(SHAPE[1:]), 2**18], ids=['an image', 'two images', 'all'])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_gate, 'CHUNK', request.param)
+
+
+@pytest.mark.parametrize('layout', LAYOUTS, ids=str)
+@pytest.mark.parametrize('dim', DIMS, ids=str)
+def test_first_and_second_derivatives_are_those_of_the_equation(
+    chunk: None, dim: list[int], layout: torch.memory_format
+) -> None:
+    x, a, weight = example(layout=layout), numbers(5, 1, 1, 1), numbers(*SHAPE, seed=2)
+    found: list[list[Tensor]] = []
+    for call in (ours(dim), plain(dim)):
+        y = call(x, a)
+        first = torch.autograd.grad(y, (x, a), weight, retain_graph=True)
+        again = torch.autograd.grad(y, (x, a), weight, create_graph=True)
+        second = torch.autograd.grad(squares(again), (x, a, weight))
+        found.append([y, *first, *again, *second])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert found[0][0].is_contiguous(memory_format=layout) and found[0][1].is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize('dim', DIMS, ids=str)
+def test_derivatives_equal_finite_differences(dim: list[int]) -> None:
+    x, a = numbers(*SHAPE), numbers(5, 1, 1, 1, seed=2)
+    assert gradcheck(ours(dim), (x, a), fast_mode=True)
+    assert gradgradcheck(ours(dim), (x, a), fast_mode=True)
+
+
+@pytest.mark.parametrize('name', ['se', 'cbam', 'triplet', 'scse'])
+def test_attentions_have_second_derivatives(name: str) -> None:
+    torch.manual_seed(0)
+    attn = create_attn(name, 16, dtype=torch.float64).eval()
+    for p in attn.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    names, values = zip(*attn.named_parameters(), strict=True)
+
+    def call(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(attn, dict(zip(names, values, strict=True)), (x,))
+
+    assert gradgradcheck(call, (numbers(2, 16, 4, 5), *values), fast_mode=True)
+
+
+@pytest.mark.parametrize('dim', DIMS, ids=str)
+def test_batched_gradients_transforms_and_forward_mode(dim: list[int]) -> None:
+    x, a = example(), numbers(5, 1, 1, 1)
+    t, u = numbers(*SHAPE, seed=3).detach(), numbers(5, 1, 1, 1, seed=4).detach()
+    batch = torch.stack([t, -2 * t, t * t])
+
+    def tangent(call: Callable[..., Tensor]) -> Tensor:
+        with forward_ad.dual_level():
+            y = call(forward_ad.make_dual(x, t), forward_ad.make_dual(a, u))
+            return cast(Tensor, forward_ad.unpack_dual(y).tangent)
+
+    def all_ways(call: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+        y = call(x, a)
+
+        def back(g: Tensor) -> tuple[Tensor, ...]:
+            return torch.autograd.grad(y, (x, a), g, retain_graph=True)
+
+        return [
+            *torch.autograd.grad(y, (x, a), batch, retain_graph=True, is_grads_batched=True),
+            *torch.vmap(back)(batch),
+            *torch.func.grad(lambda x, a: call(x, a).square().sum(), (0, 1))(x, a),
+            torch.vmap(call, (0, None))(torch.stack([x, x + t]), a),
+            torch.func.jvp(call, (x, a), (t, u))[1],
+            tangent(call),
+        ]
+
+    for got, want in zip(all_ways(ours(dim)), all_ways(plain(dim)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_gradient_of_a_maximum_is_shared_by_its_ties() -> None:
+    x = torch.tensor([[[[1.0, 3.0], [3.0, 2.0]]]], requires_grad=True)
+    pooled(x, [2, 3])[2].sum().backward()
+    assert x.grad is not None and x.grad.tolist() == [[[[0.0, 0.5], [0.5, 0.0]]]]
+    y = torch.full((1, 1, 2, 2), math.inf, requires_grad=True)
+    pooled(y, [2, 3])[2].sum().backward()
+    assert y.grad is not None and y.grad.tolist() == [[[[0.25, 0.25], [0.25, 0.25]]]]
+
+
+@pytest.mark.parametrize('name', ['se', 'cbam', 'triplet', 'bam', 'scse'])
+def test_nan_comes_out_of_both_passes(name: str) -> None:
+    attn = create_attn(name, 16).eval()
+    x = numbers(2, 16, 4, 5, dtype=torch.float32).detach()
+    x[1, 3, 2, 2] = math.nan
+    x.requires_grad_()
+    y = attn(x)
+    y.sum().backward()
+    assert x.grad is not None
+    for t in (y, x.grad):
+        assert t[1].isnan().any() and t[0].isfinite().all()
+
+
+@pytest.mark.parametrize('size', [(9, 5), (5, 9), (2, 3), (1, 1)], ids=str)
+@pytest.mark.parametrize('kernel_size', [3, 7])
+def test_convolution_has_torchs_derivatives(kernel_size: int, size: tuple[int, int]) -> None:
+    conv = GateConv(2, 1, kernel_size, padding=kernel_size // 2, bias=False, dtype=torch.float64)
+    x, g = numbers(3, 2, *size), numbers(3, 1, *size, seed=2)
+    found: list[list[Tensor]] = []
+    for call in (conv, lambda x: F.conv2d(x, conv.weight, padding=kernel_size // 2)):
+        first = torch.autograd.grad(call(x), (x, conv.weight), g)
+        again = torch.autograd.grad(call(x), (x, conv.weight), g, create_graph=True)
+        second = torch.autograd.grad(squares(again), (x, conv.weight, g))
+        found.append([*first, *again, *second])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_convolution_has_autocasts_types(dtype: torch.dtype) -> None:
+    conv = GateConv(2, 1, 3, padding=1, bias=False).to(dtype)
+    x = numbers(3, 2, 5, 4, dtype=dtype)
+    other = torch.nn.Conv2d(2, 1, 3, padding=1, bias=False).to(dtype)
+    other.load_state_dict(conv.state_dict())
+    found: list[Any] = []
+    for m in (conv, other):
+        with torch.autocast('cpu', torch.bfloat16):
+            y = m(x)
+        grads = torch.autograd.grad(y.float().square().sum(), (x, m.weight))
+        found.append([y, *grads])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)  # the type too
+
+
+def test_training_keeps_the_map_once_and_not_its_gates() -> None:
+    """Of a map that a network keeps anyway, triplet keeps nothing of its size beside."""
+    x = numbers(4, 64, 16, 16, dtype=torch.float32)
+    sizes: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.numel() == x.numel():
+            sizes[t.data_ptr()] = t.numel()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = create_attn('triplet', 64)(x)
+    assert list(sizes) == [x.data_ptr()]
+    y.sum().backward()
+
+
+def test_tensors_that_are_looked_at_are_not_written_to() -> None:
+    x = numbers(4, 16, 6, 6)
+    attn = create_attn('cbam', 16, dtype=torch.float64)
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def look(g: Tensor) -> None:
+        seen.append((g, g.clone()))
+
+    leaf = x * 1
+    leaf.register_hook(look)
+    y = attn(leaf)
+    y.register_hook(look)
+    g = numbers(*y.shape, seed=3).detach()
+    copy = g.clone()
+    for _ in range(2):
+        y.backward(g, retain_graph=True)
+    assert torch.equal(g, copy) and len(seen) == 4
+    assert all(torch.equal(a, b) for a, b in seen)
+    assert torch.equal(seen[1][0], seen[3][0])

@@ -1,0 +1,254 @@
+"""What gates are made of and act by, with gradients that read the map as seldom as they can.
+
+torch's own gradients fill a map for a mean, several for `amax`, one for a gate's product with its input before it is
+summed, and take a convolution to one channel by a slow way: in training that is most of what attention costs. Those
+here give the same numbers, image by image, so that what is read twice is still in the cache, and write to no map but
+the one they return. Where anything but an ordinary backward pass may follow, the plain equation is taken.
+
+A map that is pooled is handed on: `x, mean, peak = pooled(x, ...)`. The gradient of this x is finished in place, so x
+may go into products and convolutions, whose gradients nobody else holds, but not into sums.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.grad import conv2d_weight
+
+CHUNK = 2**18  # values of a map that are worked on at once, but at least one image's
+
+
+def _differentiated(x: Tensor) -> bool:
+    """Whether backward will come, and nothing else: no tracing, no compiling, no derivatives but backward's."""
+    return (
+        torch.is_grad_enabled()
+        and x.requires_grad
+        and type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def _in_place(*grads: Tensor) -> bool:
+    """Whether gradients may be written to: they have none of their own, and are not batched."""
+    return not torch.is_grad_enabled() and all(torch._C._has_storage(g) for g in grads)
+
+
+def _chunks(*tensors: Tensor) -> Iterator[list[Tensor]]:
+    """The same images of all tensors, of which the first is a map."""
+    n = tensors[0].shape[0]
+    step = max(1, CHUNK * n // max(1, tensors[0].numel()))
+    for i in range(0, n, step):
+        yield [t[i : i + step] for t in tensors] if step < n else list(tensors)
+
+
+class _Mean(torch.autograd.Function):
+    """Its gradient is a view of the small tensor, which autograd adds in place to the map's other gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        x, dim = given
+        ctx.shape, ctx.count = x.shape, math.prod(x.shape[d] for d in dim)
+        return x.mean(dim, keepdim=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return (grads[0] / ctx.count).expand(ctx.shape), None
+
+
+class _Pooled(torch.autograd.Function):
+    """As that of `amax`, the gradient of a maximum is shared evenly by all values that equal it."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        x, dim = given
+        peak = x.amax(dim, keepdim=True)
+        ctx.save_for_backward(x, peak)
+        ctx.dim, ctx.count = dim, math.prod(x.shape[d] for d in dim)
+        return x.view_as(x), x.mean(dim, keepdim=True), peak
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad, mean, peak), (x, top) = grads, ctx.saved_tensors
+        mean = mean / ctx.count
+        if not _in_place(grad, mean, peak):
+            same = _equal(x, top)
+            return grad + mean + same * (peak / same.sum(ctx.dim, keepdim=True)), None
+        for g, values, most, m, p in _chunks(grad, x, top, mean, peak):
+            same = _equal(values, most)
+            g.addcmul_(same, p / same.sum(ctx.dim, keepdim=True)).add_(m)
+        return grad, None
+
+
+def _equal(x: Tensor, top: Tensor) -> Tensor:
+    # 1 and 0 in the map's own type, in place: a comparison that puts out booleans is four times slower on CPU.
+    return x.detach().clone().eq_(top.detach())
+
+
+class _Gated(torch.autograd.Function):
+    """x times the sum of gates, which it does not keep."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Tensor) -> Tensor:
+        x, *gates = given
+        ctx.save_for_backward(*given)
+        if len(gates) == 1:
+            return x * gates[0]
+        y = torch.empty_like(x)
+        for out, values, *parts in _chunks(y, *given):
+            _sum(out, parts).mul_(values)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        (grad,), (x, *gates) = grads, ctx.saved_tensors
+        if not _in_place(grad):
+            product = grad * x
+            return grad * _total(gates), *(product.sum_to_size(gate.shape) for gate in gates)
+        of_x, of_gates = torch.empty_like(x), [torch.empty_like(gate) for gate in gates]
+        for out, g, values, *parts in _chunks(of_x, grad, x, *gates, *of_gates):
+            torch.mul(g, values, out=out)
+            for part in parts[len(gates) :]:
+                part.copy_(out.sum_to_size(part.shape))
+            if len(gates) == 1:
+                torch.mul(g, parts[0], out=out)
+            else:
+                _sum(out, parts[: len(gates)]).mul_(g)
+        return of_x, *of_gates
+
+
+def _sum(out: Tensor, parts: list[Tensor]) -> Tensor:
+    out.copy_(parts[0])
+    for part in parts[1:]:
+        out.add_(part)
+    return out
+
+
+class _Conv(torch.autograd.Function):
+    """A convolution whose gradient is the convolution with the mirrored kernel, where torch's own is far slower."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Tensor) -> Tensor:
+        x, weight = given
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, padding=weight.shape[2] // 2)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (grad,), (x, weight) = grads, ctx.saved_tensors
+        padding = weight.shape[2] // 2
+        of_x = F.conv2d(grad, weight.flip(2, 3).transpose(0, 1), padding=padding)
+        return of_x, conv2d_weight(x, weight.shape, grad, padding=padding)
+
+
+# Leaf functions, as those of `_precision`.
+@torch.fx.wrap
+def _mean(x: Tensor, dim: list[int], keepdim: bool) -> Tensor:
+    if torch.jit.is_scripting():
+        return x.mean(dim, keepdim)
+    if not _differentiated(x):
+        return x.mean(dim, keepdim)
+    y = _Mean.apply(x, dim)
+    return y if keepdim else y.squeeze(dim)
+
+
+@torch.fx.wrap
+def _pooled(x: Tensor, dim: list[int], keepdim: bool) -> tuple[Tensor, Tensor, Tensor]:
+    if torch.jit.is_scripting():
+        return x, x.mean(dim, keepdim), x.amax(dim, keepdim)
+    if not _differentiated(x):
+        return x, x.mean(dim, keepdim), x.amax(dim, keepdim)
+    x, mean, peak = _Pooled.apply(x, dim)
+    return (x, mean, peak) if keepdim else (x, mean.squeeze(dim), peak.squeeze(dim))
+
+
+@torch.fx.wrap
+def _gated(x: Tensor, gates: list[Tensor], gain: float) -> Tensor:
+    if gain != 1.0:
+        gates = [gate * gain for gate in gates]
+    if torch.jit.is_scripting():
+        return x * _total(gates)
+    if _differentiated(x) and all(g.requires_grad and g.dtype == x.dtype and g.dim() == x.dim() for g in gates):
+        return _Gated.apply(x, *gates)
+    return x * _total(gates)
+
+
+def _total(gates: list[Tensor]) -> Tensor:
+    total = gates[0]
+    for gate in gates[1:]:
+        total = total + gate
+    return total
+
+
+@torch.fx.wrap
+def _convolved(x: Tensor, weight: Tensor) -> Tensor:
+    padding = weight.shape[2] // 2
+    if torch.jit.is_scripting():
+        return F.conv2d(x, weight, padding=padding)
+    if not (_differentiated(x) and weight.requires_grad) or x.is_meta:  # autocast knows no meta device
+        return F.conv2d(x, weight, padding=padding)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return _Conv.apply(x.to(dtype), weight.to(dtype))
+    return _Conv.apply(x, weight)
+
+
+def mean(x: Tensor, dim: list[int], keepdim: bool = False) -> Tensor:
+    """`x.mean(dim, keepdim)`.
+
+    Args:
+        x: Any map.
+        dim: Dimensions, none negative.
+        keepdim: Keeps them, with size 1.
+    """
+    return _mean(x, dim, keepdim)
+
+
+def pooled(x: Tensor, dim: list[int], keepdim: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """A map to go on with, its mean and its maximum.
+
+    Args:
+        x: Any map.
+        dim: Dimensions, none negative.
+        keepdim: Keeps them, with size 1.
+
+    Returns:
+        x, for products and convolutions only; `x.mean(dim, keepdim)`; `x.amax(dim, keepdim)`.
+    """
+    return _pooled(x, dim, keepdim)
+
+
+def gated(x: Tensor, gates: list[Tensor], gain: float = 1.0) -> Tensor:
+    """`x * gate`, or x times a sum of gates.
+
+    Args:
+        x: Any map.
+        gates: One or more, of as many dimensions, some of them 1.
+        gain: What each gate is multiplied by.
+    """
+    return _gated(x, gates, gain)
+
+
+class GateConv(nn.Conv2d):
+    """nn.Conv2d, made for few channels: two planes, a mean and a maximum, to one."""
+
+    __constants__ = (*nn.Conv2d.__constants__, 'mirrors')
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        k = self.kernel_size[0]
+        keeps_size = k % 2 == 1 and self.kernel_size == (k, k) and self.padding == (k // 2, k // 2)
+        plain = (self.stride, self.dilation, self.groups, self.padding_mode) == ((1, 1), (1, 1), 1, 'zeros')
+        self.mirrors = keeps_size and plain
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.mirrors and self.bias is None:
+            return _convolved(input, self.weight)
+        return self._conv_forward(input, self.weight, self.bias)
