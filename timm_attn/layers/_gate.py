@@ -188,7 +188,7 @@ def _total(gates: list[Tensor]) -> Tensor:
 
 
 @torch.fx.wrap
-def _convolved(x: Tensor, weight: Tensor) -> Tensor:
+def _mirrored(x: Tensor, weight: Tensor) -> Tensor:
     padding = weight.shape[2] // 2
     if torch.jit.is_scripting():
         return F.conv2d(x, weight, padding=padding)
@@ -198,6 +198,15 @@ def _convolved(x: Tensor, weight: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype(x.device.type)
         return _Conv.apply(x.to(dtype), weight.to(dtype))
     return _Conv.apply(x, weight)
+
+
+@torch.fx.wrap
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if torch.jit.is_scripting():
+        return F.conv2d(x, weight, bias)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.shape[2:] != (1, 1):
+        return F.conv2d(x, weight, bias)
+    return F.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None, None]
 
 
 def mean(x: Tensor, dim: list[int], keepdim: bool = False) -> Tensor:
@@ -237,18 +246,20 @@ def gated(x: Tensor, gates: list[Tensor], gain: float = 1.0) -> Tensor:
 
 
 class GateConv(nn.Conv2d):
-    """nn.Conv2d, made for few channels: two planes, a mean and a maximum, to one."""
+    """nn.Conv2d, made for gates: of one pixel, or from two planes, a mean and a maximum, to one."""
 
-    __constants__ = (*nn.Conv2d.__constants__, 'mirrors')
+    __constants__ = (*nn.Conv2d.__constants__, 'mirrored', 'pointwise')
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         k = self.kernel_size[0]
         keeps_size = k % 2 == 1 and self.kernel_size == (k, k) and self.padding == (k // 2, k // 2)
         plain = (self.stride, self.dilation, self.groups, self.padding_mode) == ((1, 1), (1, 1), 1, 'zeros')
-        self.mirrors = keeps_size and plain
+        self.mirrored, self.pointwise = keeps_size and plain and k > 1, keeps_size and plain and k == 1
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.mirrors and self.bias is None:
-            return _convolved(input, self.weight)
+        if self.pointwise:
+            return _pointwise(input, self.weight, self.bias)
+        if self.mirrored and self.bias is None:
+            return _mirrored(input, self.weight)
         return self._conv_forward(input, self.weight, self.bias)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Attention, Gate, rd_ratio_of, reduced_channels
-from ._gate import gated, mean
+from ._gate import GateConv, gated, mean
 from ._registry import register_attn
 
 
@@ -58,8 +58,8 @@ class SqueezeExcite(Attention):
         dd = {'device': device, 'dtype': dtype}
         super().__init__(neutral_gate=0.5)
         hidden = reduced_channels(channels, rd_ratio)
-        self.fc1 = nn.Conv2d(channels, hidden, 1, bias=bias, **dd)
-        self.fc2 = nn.Conv2d(hidden, channels, 1, bias=bias, **dd)
+        self.fc1 = GateConv(channels, hidden, 1, bias=bias, **dd)
+        self.fc2 = GateConv(hidden, channels, 1, bias=bias, **dd)
         for fc in (self.fc1, self.fc2):
             nn.init.kaiming_normal_(fc.weight, mode='fan_out', nonlinearity='relu')
 
