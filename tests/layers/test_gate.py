@@ -80,10 +80,10 @@ def test_derivatives_equal_finite_differences(dim: list[int]) -> None:
     assert gradgradcheck(ours(dim), (x, a), fast_mode=True)
 
 
-@pytest.mark.parametrize('name', ['se', 'cbam', 'triplet', 'scse'])
-def test_attentions_have_second_derivatives(name: str) -> None:
+@pytest.mark.parametrize(('name', 'args'), [('se', {}), ('cbam', {'kernel_size': 3}), ('triplet', {'kernel_size': 3})])
+def test_attentions_have_second_derivatives(name: str, args: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    attn = create_attn(name, 16, dtype=torch.float64).eval()
+    attn = create_attn(name, 16, dtype=torch.float64, **args).eval()
     for p in attn.parameters():
         torch.nn.init.normal_(p, std=0.5)
     names, values = zip(*attn.named_parameters(), strict=True)
@@ -91,7 +91,7 @@ def test_attentions_have_second_derivatives(name: str) -> None:
     def call(x: Tensor, *values: Tensor) -> Tensor:
         return torch.func.functional_call(attn, dict(zip(names, values, strict=True)), (x,))
 
-    assert gradgradcheck(call, (numbers(2, 16, 4, 5), *values), fast_mode=True)
+    assert gradgradcheck(call, (numbers(1, 16, 3, 2), *values), fast_mode=True)
 
 
 @pytest.mark.parametrize('dim', DIMS, ids=str)
@@ -161,18 +161,28 @@ def test_convolution_has_torchs_derivatives(kernel_size: int, size: tuple[int, i
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
+CONVS = [
+    ((2, 1, 3), {'padding': 1, 'bias': False}, (5, 4)),
+    ((2, 3, 3), {'padding': 1}, (5, 4)),
+    ((2, 1, 3), {'padding': 2, 'dilation': 2, 'bias': False}, (5, 4)),
+    ((2, 3, 1), {}, (1, 1)),
+    ((2, 3, 1), {}, (5, 4)),
+]
+
+
+@pytest.mark.parametrize(('args', 'kwargs', 'size'), CONVS, ids=str)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_convolution_has_autocasts_types(dtype: torch.dtype) -> None:
-    conv = GateConv(2, 1, 3, padding=1, bias=False).to(dtype)
-    x = numbers(3, 2, 5, 4, dtype=dtype)
-    other = torch.nn.Conv2d(2, 1, 3, padding=1, bias=False).to(dtype)
+def test_convolution_is_torchs_in_autocast(
+    dtype: torch.dtype, args: tuple[int, int, int], kwargs: dict[str, Any], size: tuple[int, int]
+) -> None:
+    conv, other = (c(*args, **kwargs).to(dtype) for c in (GateConv, torch.nn.Conv2d))
     other.load_state_dict(conv.state_dict())
+    x = numbers(3, 2, *size, dtype=dtype)
     found: list[Any] = []
     for m in (conv, other):
         with torch.autocast('cpu', torch.bfloat16):
             y = m(x)
-        grads = torch.autograd.grad(y.float().square().sum(), (x, m.weight))
-        found.append([y, *grads])
+        found.append([y, *torch.autograd.grad(y.float().square().sum(), (x, *m.parameters()))])
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want)  # the type too
 
