@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Attention, Gate, check_choice, reduced_channels
-from ._gate import GateConv, gated, mean
+from ._gate import gated, mean
 from ._registry import register_attn
 
 # form: groups and dilation of the two branches, least width of the squeeze
@@ -89,9 +89,9 @@ class SelectiveKernel(Attention):
             channels, channels, 3, stride, padding=dil1, dilation=dil1, groups=groups1, bias=False, **dd
         )
         self.bn2 = nn.BatchNorm2d(channels, **dd)
-        self.fc1 = GateConv(channels, hidden, 1, bias=False, **dd)
+        self.fc1 = nn.Conv2d(channels, hidden, 1, bias=False, **dd)
         self.bn = nn.BatchNorm2d(hidden, **dd)
-        self.fc2 = GateConv(hidden, 2 * channels, 1, bias=False, **dd)
+        self.fc2 = nn.Conv2d(hidden, 2 * channels, 1, bias=False, **dd)
         for conv in (self.conv1, self.conv2, self.fc1, self.fc2):
             nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
 
