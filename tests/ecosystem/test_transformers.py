@@ -50,13 +50,22 @@ def test_the_pipeline_names_the_labels(saved: tuple[Path, torch.nn.Module]) -> N
 def test_the_wrapper_reads_injected_models(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = timm.create_model('regnetx_002', num_classes=3).eval()
-    timm_attn.inject(model, 'eca', at=r's\d', start='paper')
+    for m in model.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(m.weight, 0.75, 1.25)
+    timm_attn.inject(model, 'eca', at=r's\d')
+    sites = timm_attn.attn_sites(model)
+    sites['s2.attn'].gain = 3.0  # what the file says, not what injection would give
     folder = save(model, tmp_path / 'model', label_names=['cat', 'dog', 'emu'])
     wrapped = transformers.AutoModelForImageClassification.from_pretrained(folder).eval()
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(wrapped(pixel_values=x).logits, model(x))
     assert list(attention_maps(wrapped, x))
+    assert [m.factor for m in timm_attn.attn_sites(wrapped).values()] == [m.factor for m in sites.values()]
+    # And on: to another device or type, and into a folder again.
+    again = save(wrapped.half().float().timm_model, tmp_path / 'again')
+    assert timm_attn.load(again).state_dict().keys() == model.state_dict().keys()
 
 
 def test_attention_goes_into_its_own_resnet() -> None:

@@ -121,7 +121,7 @@ def test_the_gain_comes_and_goes_with_the_state(name: str) -> None:
     assert state['a.gain'].dtype == torch.float64 and state['a.gain'].shape == () and state['a.gain'] == 2 / 3
     for assign in (False, True):
         other.load_state_dict(attn.state_dict(), assign=assign)
-        assert other.gain == 2 / 3 and type(other.gain) is float
+        assert other.gain == 2 / 3 and other.factor == 2 / 3
         other.load_state_dict({k: v for k, v in attn.state_dict().items() if k != 'gain'}, assign=assign)
         assert other.gain == 1
 
@@ -131,7 +131,7 @@ def test_the_number_outlives_casts_and_empty_tensors() -> None:
     attn.gain = 2 / 3
     for change in (nn.Module.half, nn.Module.double, lambda m: m.to('meta'), lambda m: m.to_empty(device='cpu')):
         change(attn)
-        assert attn.gain == 2 / 3
+        assert attn.factor == 2 / 3 and attn.gain.device == next(attn.parameters()).device
         state = attn.state_dict()
         assert len({v.device for v in state.values()}) == 1 and state['gain'].dtype == torch.float64
     assert state['gain'] == 2 / 3
@@ -328,6 +328,7 @@ def test_copies_scripts_and_exports_carry_the_gain() -> None:
         ),
     }
     assert {k: d for k, other in others.items() if (d := gap(other(X), want)) > 1e-6} == {}
+    assert model.state_dict().keys() == state.keys()
     assert {k: v for k, v in model.state_dict().items() if not torch.equal(v, state[k])} == {}
     for kept in others['deepcopy'], others['pickle']:
         target = registered('bam')

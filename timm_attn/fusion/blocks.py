@@ -200,12 +200,12 @@ def _gated_sum(
 
         def gates_of(pools: list[Tensor]) -> list[Tensor]:
             gates = attn.gates_of_pools(pools)
-            gates = [_scaled(gate, attn.gain / len(gates)) for gate in gates]
+            gates = [_scaled(gate, attn.factor / len(gates)) for gate in gates]
             return gates if keep is None else [gate * keep for gate in gates]
 
         return gated_pooled_sum(compiled, x, channels, form.dims, gates_of, shortcut)
     if channels is not None:
-        channels = _scaled(channels, attn.gain)
+        channels = _scaled(channels, attn.factor)
     if keep is not None:
         channels = keep if channels is None else channels * keep
     return gated_sum(compiled, x, channels, shortcut)
@@ -379,7 +379,7 @@ class FusedBAM(BAM):
         """The output, or None where the ordinary way is as good."""
         if not (torch.is_grad_enabled() or _compiles(self, x)):
             return None
-        return bam_gate(self.compiled, x, self.channel_branch(x), self.spatial_branch(x), self.add, self.gain)
+        return bam_gate(self.compiled, x, self.channel_branch(x), self.spatial_branch(x), self.add, self.factor)
 
 
 class FusedGateConv(nn.Conv2d):

@@ -1,10 +1,10 @@
 """What all attentions share: a gain on the gate, a neutral state, and a look at the gates themselves."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -75,8 +75,9 @@ class Attention(nn.Module):
     `gain = 1 / neutral_gate`, the warm-start tags fold the constant into the convolution or BatchNorm beside it.
 
     Attributes:
-        gain: Plain number that multiplies the gate; 1 unless injected with the identity start. The state dict holds it
-            under this name where it is not 1, so that equal keys and tensors compute the same.
+        gain: What multiplies the gate; 1 unless injected with the identity start. Where it is not 1, it is a buffer (a
+            scalar tensor) and in the state dict, so that equal keys and tensors compute the same.
+        factor: The number that `gain` was set to, where a tensor is of no use.
         neutral_gate: The constant that the neutral state multiplies by; None where there is no such state.
         kinds: Key of `gates(x)` -> what it is, in the order in which pictures show them.
         keywords: What the Hub's tags say besides what `kinds` tell, such as 'self-attention'.
@@ -95,7 +96,9 @@ class Attention(nn.Module):
     no_warm_start: ClassVar[str] = ''
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
     statistics: tuple[str, ...] = ()
-    gain: float
+    factor: float
+    if TYPE_CHECKING:  # no annotation for TorchScript: a number where it is 1, else a tensor
+        gain: Any
     recomputable: ClassVar[bool] = False
     pairs_of_pixels: ClassVar[bool] = False
 
@@ -107,29 +110,46 @@ class Attention(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name != 'gain':
             super().__setattr__(name, value)
-            return
-        self.__dict__['gain'] = float(value)
+        elif isinstance(value, Tensor) and value.is_meta:
+            self._set_gain(self.factor, value.device)
+        else:
+            self._set_gain(float(value), value.device if isinstance(value, Tensor) else None)
+
+    def _set_gain(self, number: float, device: torch.device | None) -> None:
+        """Puts the gain beside the module's tensors, as a buffer where it is not 1."""
+        self.factor = number
+        self.__dict__.pop('gain', None)
         self._buffers.pop('gain', None)
-        self._show_gain()
+        if number == 1:
+            self.__dict__['gain'] = 1.0
+            return
+        like = next(chain(self.parameters(), self.buffers()), None)
+        if like is not None and not (like.is_meta and device):
+            device = like.device
+        wide = torch.float64 if like is not None and like.dtype == torch.float64 else torch.float32
+        self._buffers['gain'] = torch.tensor(number, dtype=wide, device=device)
 
-    def _show_gain(self) -> None:
-        # `forward` multiplies by the number. The buffer of the same name is never read: it is there for what finds a
-        # state dict's keys among a module's tensors, such as functional_call, or torch.distributed.checkpoint and DDP.
-        if self.gain != 1 and 'gain' not in self._buffers:
-            like = next(chain(self.parameters(), self.buffers()), None)
-            self._buffers['gain'] = torch.tensor(self.gain, device=None if like is None else like.device)
+    def _number(self) -> float:
+        """The gain in full precision: `factor`, unless the buffer was given another value."""
+        shown = self._buffers.get('gain')
+        if type(shown) is not Tensor or shown.is_meta:
+            return self.factor
+        return self.factor if torch.tensor(self.factor, dtype=shown.dtype) == (value := shown.item()) else value
 
-    def __prepare_scriptable__(self) -> 'Attention':
-        self._buffers.pop('gain', None)  # TorchScript would take it for the number
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'Attention':
+        number, shown = self._number(), self._buffers.pop('gain', None)
+        super()._apply(fn, recurse)
+        if shown is not None:
+            # Neither cast nor left empty: 2/3 in half precision is another number.
+            self._set_gain(number, fn(torch.ones_like(shown)).device)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self._show_gain()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.gain != 1:
+        if (shown := self._buffers.get('gain')) is not None:
             # Not on an accelerator, which may know no float64.
-            device = 'meta' if self._buffers['gain'].is_meta else 'cpu'  # pyright: ignore[reportOptionalMemberAccess]
-            destination[f'{prefix}gain'] = torch.tensor(self.gain, dtype=torch.float64, device=device)
+            device = 'meta' if shown.is_meta else 'cpu'
+            destination[f'{prefix}gain'] = torch.tensor(self._number(), dtype=torch.float64, device=device)
 
     def _load_from_state_dict(
         self,
@@ -141,7 +161,7 @@ class Attention(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        key, gain = f'{prefix}gain', self.gain
+        key, gain = f'{prefix}gain', self._number()
         shown = self._buffers.pop('gain', None)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -160,7 +180,7 @@ class Attention(nn.Module):
             gain = 1.0
         elif gain != 1:
             missing_keys.append(key)
-        self.gain = gain
+        self._set_gain(gain, None if shown is None else shown.device)
 
     @torch.jit.ignore()
     def init_neutral(self) -> None:
@@ -196,7 +216,7 @@ class Attention(nn.Module):
         return {}
 
     def extra_repr(self) -> str:
-        return f'gain={self.gain:g}' if self.gain != 1 else ''
+        return f'gain={self._number():g}' if self._number() != 1 else ''
 
 
 def rd_ratio_of(shapes: Mapping[str, tuple[int, ...]], key: str = 'fc1.weight') -> dict[str, str]:

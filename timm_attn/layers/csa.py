@@ -88,7 +88,7 @@ class ChannelSelfAttention(Attention):
     def forward(self, x: Tensor) -> Tensor:
         y = x + (self.gamma * self.branch(x)).to(x.dtype)
         # The gain is 1 but in models that scale what their slots give out: no pass over memory for the others.
-        return y if self.gain == 1.0 else y * self.gain
+        return y if self.factor == 1.0 else y * self.gain
 
     @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:

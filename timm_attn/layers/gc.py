@@ -144,7 +144,7 @@ class GlobalContext(Attention):
             else:
                 y = y + v.to(x.dtype)
                 # The gain is 1 but in models that scale what their slots give out.
-                if self.gain != 1.0:
+                if self.factor != 1.0:
                     y = y * self.gain
         return y
 

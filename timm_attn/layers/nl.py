@@ -91,7 +91,7 @@ class NonLocal(Attention):
         t = t.to(g.dtype).unflatten(2, (x.shape[2], x.shape[3]))  # (N, h, H, W)
         y = x + self.bn(self.conv_out(t)).to(x.dtype)
         # The gain is 1 but in models that scale what their slots give out: no pass over memory for the others.
-        return y if self.gain == 1.0 else y * self.gain
+        return y if self.factor == 1.0 else y * self.gain
 
     @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:

@@ -47,7 +47,7 @@ def _scale(weights: dict[str, Tensor], key: str, factor: float) -> None:
 def _fold(weights: dict[str, Tensor], site: str, module: Attention, model: nn.Module) -> None:
     """Divides what stands before or after the attention by the constant that its neutral state multiplies by."""
     assert module.neutral_gate is not None
-    factor = 1 / (module.neutral_gate * module.gain)
+    factor = 1 / (module.neutral_gate * module.factor)
     if factor == 1:
         return
     host, _, _ = site.rpartition('.')
