@@ -1,6 +1,7 @@
-"""Adapters: attention without its base, for the very base that it was trained on."""
+"""Adapters: attention without its base, for the very base that it was trained on; as folders and on the Hub."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,14 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from PIL import Image
 from torch import nn
 
 import timm_attn
 from timm_attn.hub.adapter import ADAPTER, digest
-from timm_attn.hub.client import HubFileError
+from timm_attn.hub.client import HubError, HubFileError
+from timm_attn.hub.load import load_from_hub, open_model, pull
+from timm_attn.hub.push import push_to_hub
 from timm_attn.layers import attn_sites
 
 SMALL: dict[str, Any] = dict(layers=(1, 1, 1, 1), channels=(32, 32, 64, 64))
@@ -146,3 +150,146 @@ def test_digest_is_of_numbers_names_types_and_shapes() -> None:
     found = {digest(d) for d in ({'a': a}, {'b': a}, {'a': a.double()}, {'a': a.view(2, 3)}, {'a': a + 1}, {})}
     assert len(found) == 6
     assert digest({'a': a, 'b': a}) == digest({'b': a.clone(), 'a': a[:]})
+
+
+# On the Hub.
+
+
+def put_base(hub: Any, model: nn.Module) -> None:
+    """Has the Hub hold the base where timm looks for it."""
+    if 'timm/resnet18.a1_in1k' not in hub.repos:
+        hub.create_repo('timm/resnet18.a1_in1k')
+    hub.commit('timm/resnet18.a1_in1k', {'model.safetensors': safetensors.torch.save(model.state_dict())})
+
+
+def test_an_adapter_goes_to_the_hub_and_back_and_its_card_runs(
+    hub_client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub, model = hub_client.hub, trained()
+    put_base(hub, plain())
+    records: dict[str, Any] = dict(status='trained', label_names=list('abcde'))
+    result = push_to_hub(model, 'me/adapter', adapter=True, **records)
+    files = hub.files('me/adapter')
+    assert {'adapter.safetensors', 'config.json', 'README.md'} == {n for n in files if not n.startswith('.')}
+    assert result.changed and push_to_hub(model, 'me/adapter', adapter=True, **records).changed == ()
+    x = torch.randn(2, 3, 64, 64)
+    folder = tmp_path / 'pulled'
+    pull('me/adapter', folder)
+    with torch.no_grad():
+        want = model(x)
+        for again in (
+            load_from_hub('me/adapter'),
+            load_from_hub('me/adapter', result.commit, base=plain()),
+            open_model('hf-hub:me/adapter'),
+            timm_attn.load(folder),
+        ):
+            assert torch.equal(again.eval()(x), want)
+        assert torch.equal(
+            load_from_hub('me/adapter', num_classes=0).eval()(x),
+            model.forward_head(model.forward_features(x), pre_logits=True),
+        )
+    assert again.pretrained_cfg['label_names'] == list('abcde')
+    # Pushed from its folder, it is the same.
+    assert push_to_hub(folder, 'me/again').changed
+    assert hub.files('me/again')['adapter.safetensors'] == files['adapter.safetensors']
+    card = files['README.md'].decode()
+    for text in ("model = timm_attn.load_from_hub('me/adapter')", 'base_model_relation: adapter', '- adapter\n'):
+        assert text in card, text
+    assert re.search(r'base_model: timm/resnet18\.a1_in1k|base_model:\n- timm/resnet18\.a1_in1k', card)
+    assert "timm.create_model('hf-hub:me/adapter'" not in card
+    monkeypatch.chdir(tmp_path)
+    Image.new('RGB', (40, 50), (200, 30, 90)).save('photo.jpg')
+    for block in [part.split('```')[0] for part in card.split('```python\n')[1:]]:
+        exec(compile(block, 'card', 'exec'), {})
+
+
+def test_a_base_that_changed_at_its_source_or_cannot_be_had(hub_client: Any, tmp_path: Path) -> None:
+    hub = hub_client.hub
+    put_base(hub, plain())
+    push_to_hub(trained(), 'me/adapter', adapter=True)
+    assert load_from_hub('me/adapter')
+    hub_client.offline()
+    assert load_from_hub('me/adapter')  # both are in the cache
+    hub_client.offline(False)
+    put_base(hub, plain(seed=1))
+    with pytest.raises(HubFileError, match=r"base 'resnet18.a1_in1k' are not those.*'me/adapter' at \w+ was made on"):
+        load_from_hub('me/adapter')
+    assert load_from_hub('me/adapter', base=plain())
+    del hub.repos['timm/resnet18.a1_in1k']
+    hub_client.set('HF_HUB_CACHE', str(tmp_path / 'empty'))
+    with pytest.raises(ValueError, match=r"base 'resnet18.a1_in1k' .* cannot be had from its source .*pass base="):
+        load_from_hub('me/adapter')
+    with pytest.raises(ValueError, match=r"cannot be had from '.*none\.safetensors'"):
+        load_from_hub('me/adapter', base=tmp_path / 'none.safetensors')
+
+
+def test_adapter_and_whole_model_do_not_replace_one_another_unasked(
+    saved: tuple[Any, Path], hub_client: Any, tmp_path: Path
+) -> None:
+    model, folder = saved
+    whole = timm_attn.save(model, tmp_path / 'whole')
+    hub = hub_client.hub
+    push_to_hub(whole, 'me/x')
+    with pytest.raises(HubError, match=r'holds model\.safetensors, which a push of adapter\.safetensors would remove'):
+        push_to_hub(folder, 'me/x')
+    assert push_to_hub(folder, 'me/x', force=True).removed == ('model.safetensors',)
+    with pytest.raises(HubError, match=r'holds adapter\.safetensors, which a push of model\.safetensors would remove'):
+        push_to_hub(whole, 'me/x')
+    assert 'model.safetensors' not in hub.files('me/x')
+    before = {p.name: p.read_bytes() for p in whole.iterdir()}
+    for write in (
+        lambda: pull('me/x', whole, overwrite=True),
+        lambda: timm_attn.save(model, whole, adapter=True, base=plain(), overwrite=True),
+    ):
+        with pytest.raises(ValueError, match=r"holds model\.safetensors, which would be taken for this model's"):
+            write()
+    with pytest.raises(ValueError, match=r'holds adapter\.safetensors, which would be taken'):
+        timm_attn.save(model, folder, overwrite=True)
+    assert {p.name: p.read_bytes() for p in whole.iterdir()} == before
+    for given in ({'adapter': True}, {'base': plain()}):
+        with pytest.raises(ValueError, match='are for a model; a folder is pushed as it is'):
+            push_to_hub(whole, 'me/y', **given)
+    # A folder that holds both is neither.
+    (whole / ADAPTER).write_bytes((folder / ADAPTER).read_bytes())
+    (whole / 'config.json').write_bytes((folder / 'config.json').read_bytes())
+    with pytest.raises(HubFileError, match=r"is an adapter's, but model\.safetensors holds a whole model"):
+        timm_attn.load(whole)
+
+
+def _set(config: Any, path: str, value: Any) -> None:
+    *parents, last = path.split('/')
+    for key in parents:
+        config = config[int(key) if isinstance(config, list) else key]
+    config[last] = value
+
+
+HOSTILE: dict[str, tuple[str, Any, str]] = {
+    'another base': ('model_args/base', 'resnet34.a1_in1k', r'names two bases'),
+    'a repository as base': ('model_args/base', 'hf-hub:me/evil', r'model_args\.base .*must be the name of a model'),
+    'itself as base': ('model_args/base', 'injected', r'model_args\.base .*must be the name of a model'),
+    'a file for its base': ('model_args/base_args', {'checkpoint_path': '/etc/passwd'}, r'base_args .*must be'),
+    'no digest': ('timm_attn/adapter', {'base': 'resnet18'}, r"adapter must be an object with 'base'.* and 'sha256'"),
+    'a list': ('timm_attn/adapter', [1], r"adapter must be an object with 'base'"),
+    'a text for numbers': ('timm_attn/adapter/numbers', '<script>', r'adapter\.numbers must be an integer'),
+    'another digest': ('timm_attn/adapter/sha256', '0' * 64, r'are not those .*expected 000000000000'),
+    'other weights': ('timm_attn/weights_sha256', '0' * 64, r'belongs to other weights'),
+    'a registered model': ('architecture', 'cbam_resnet18', r'config\.json'),
+    'other places': ('model_args/injections/0/at', ['layer9'], r'cannot be built .*matches no module'),
+}
+
+
+@pytest.mark.parametrize(('path', 'value', 'match'), HOSTILE.values(), ids=list(HOSTILE))
+def test_hostile_adapters_are_refused(
+    path: str, value: Any, match: str, saved: tuple[Any, Path], hub_client: Any
+) -> None:
+    _, folder = saved
+    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+    _set(config, path, value)
+    (folder / 'config.json').write_text(json.dumps(config), encoding='utf-8')
+    with pytest.raises(HubFileError, match=match):
+        timm_attn.load(folder, base=plain())
+    hub = hub_client.hub
+    hub.create_repo('me/x')
+    hub.commit('me/x', {p.name: p.read_bytes() for p in folder.iterdir()})
+    with pytest.raises(HubFileError, match=match):
+        load_from_hub('me/x', base=plain())

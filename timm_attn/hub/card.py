@@ -27,7 +27,7 @@ from ..version import pip_source
 from .client import HubFileError
 from .config import MODEL_ARGS, Config, build_meta, check_config
 from .records import METRIC_NAMES, STATUSES
-from .rules import CARD, CONFIG, WEIGHTS, Check, list_of, or_null, text
+from .rules import ADAPTER, CARD, CONFIG, WEIGHTS, Check, list_of, or_null, text
 
 _TEMPLATE = Path(__file__).with_name('card.md')
 _PROJECT = 'timm_attn'
@@ -218,6 +218,10 @@ def _metadata(config: Config, name: str, facts: Mapping[str, Any], old: Mapping[
     datasets = [d for d in provenance.get('datasets', []) if isinstance(d, str)]
     datasets += [_dataset_id(r) for r in records if '/' in _dataset_id(r) and _dataset_id(r) not in datasets]
     base = provenance.get('base_model')
+    adapter = about.get('adapter')
+    if adapter:
+        tags.append('adapter')
+        base = base or getattr(timm.get_pretrained_cfg(config.model_args.get('base', 'resnet18')), 'hf_hub_id', None)
     ours: dict[str, Any] = {
         'license': str(license).lower() if license else None,
         **extra,
@@ -226,7 +230,7 @@ def _metadata(config: Config, name: str, facts: Mapping[str, Any], old: Mapping[
         'datasets': list(dict.fromkeys(datasets)) or None,
         'metrics': ['accuracy'] if records else None,
         'base_model': base,
-        'base_model_relation': 'finetune' if base else None,
+        'base_model_relation': ('adapter' if adapter else 'finetune') if base else None,
         **{k: about['training'][k] for k in _MEASURED if k in about.get('training', {})},
     }
     ours = {k: v for k, v in ours.items() if v is not None}
@@ -248,6 +252,16 @@ def _image_code(config: Config, input_size: Sequence[int]) -> tuple[str, str]:
     return 'from PIL import Image\n', '\n'.join(lines)
 
 
+def _load_code(source: str, adapter: bool) -> str:
+    """The call that loads the model, up to where more keywords may follow."""
+    if not adapter:
+        return f'timm.create_model({source!r}, pretrained=True'
+    # timm does not know where the base comes from.
+    if source.startswith('hf-hub:'):
+        return f'timm_attn.load_from_hub({source.removeprefix("hf-hub:")!r}'
+    return f'timm_attn.load({source.removeprefix("local-dir:")!r}'
+
+
 def _details(config: Config, facts: Mapping[str, Any], input_size: Sequence[int]) -> str:
     cfg, about = config.pretrained_cfg, config.about
     provenance = about.get('provenance', {})
@@ -262,6 +276,11 @@ def _details(config: Config, facts: Mapping[str, Any], input_size: Sequence[int]
     if 'injections' in facts:
         found['Base'] = config.model_args.get('base', 'resnet18')
         found['Injected'] = '; '.join(facts['injections'])
+    if adapter := config.about.get('adapter'):
+        found['Adapter'] = (
+            f"{adapter.get('numbers', 'the')} numbers: the attention, and the head where it is not the base's. The "
+            f'base comes from its own source; its weights must have the digest {adapter["sha256"]}'
+        )
     found['Classes'] = config.num_classes
     found['Parameters'] = _millions(facts['params'])
     found['MACs'] = f'{_giga(facts["macs"])} (convolutions and matrix products)'
@@ -319,7 +338,8 @@ def _limits(config: Config, facts: Mapping[str, Any]) -> str:
 def _files(config: Config, weights: bytes | None) -> str:
     if weights is None:
         return ''
-    lines = f'- **`{WEIGHTS}`:** {len(weights)} bytes, sha256 `{hashlib.sha256(weights).hexdigest()}`'
+    name = ADAPTER if 'adapter' in config.about else WEIGHTS
+    lines = f'- **`{name}`:** {len(weights)} bytes, sha256 `{hashlib.sha256(weights).hexdigest()}`'
     if versions := config.about.get('versions'):
         lines += '\n' + _listing({'Written with': versions})
     return f'{lines}\n\nsafetensors only: there is no pickle here, and none is needed.'
@@ -347,6 +367,7 @@ def _summary(config: Config, facts: Mapping[str, Any]) -> tuple[str, str]:
         for r in records
         for k, v in r['metrics'].items()
     ]
+    what = f'Adapter: {what[0].lower()}{what[1:]}' if 'adapter' in config.about else what
     summary = f'{what}, for {config.num_classes} classes' + (f': {", ".join(best[:2])}.' if best else '.')
     return summary, line
 
@@ -403,8 +424,8 @@ def render_card(
         details=_details(checked, facts, input_size),
         package=pip_source(),
         safe=source.startswith('hf-hub:'),
+        load=_load_code(source, 'adapter' in checked.about),
         repo=repr(repo),
-        source=repr(source),
         folder_note=' (run it in this folder)' if source == 'local-dir:.' else '',
         image_import=image_import,
         image=image,

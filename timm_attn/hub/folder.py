@@ -21,7 +21,7 @@ from ..injection import injections
 from ..layers import package_of
 from ..models import injected_args
 from ..version import package_version
-from .adapter import adapter_files
+from .adapter import check_adapter_names, split
 from .card import check_card, render_card
 from .client import HubFileError
 from .config import MAX_CONFIG_BYTES, Config, build_meta, check_config, encode_config, parse_config
@@ -36,10 +36,10 @@ from .records import (
     normalise_evaluation,
     normalise_labels,
 )
-from .rules import CARD, CONFIG, MAX_CARD_BYTES, WEIGHTS
+from .rules import ADAPTER, CARD, CONFIG, MAX_CARD_BYTES, WEIGHTS
 
 # The order in which the files of a model take their places; without the last one, nobody reads the others.
-MODEL_FILES = (WEIGHTS, CARD, CONFIG)
+MODEL_FILES = (WEIGHTS, ADAPTER, CARD, CONFIG)
 Labels = Sequence[str] | Mapping[Any, str]
 EvaluationLike = Evaluation | Mapping[str, Any] | Sequence[Evaluation | Mapping[str, Any]] | None
 # What a folder may hold besides the three files and is pushed with them: pictures that a card shows, and the recipe.
@@ -235,8 +235,9 @@ def save(
         model: A model that timm can create by name; wrapped by torch.compile or DistributedDataParallel, on a GPU, or
             in channels_last as it may be.
         directory: The folder.
-        adapter: Write only what `inject` added, and the head where it is another than the base's; `load` fetches the
-            base. Refused where a weight or running statistic of the base has moved.
+        adapter: Write only what `inject` added, and the head where it is another than the base's, as
+            adapter.safetensors; `load` fetches the base. Refused where a weight or running statistic of the base has
+            moved.
         base: For an adapter: the base's weights, a model or a file; None has timm fetch them.
         overwrite: Replace the three files where they exist.
         card: Write README.md.
@@ -265,7 +266,11 @@ def save(
     state_dict = portable_state_dict(model)
     origin = Provenance.of(provenance).to_dict()
     metadata = {'format': 'pt'} | ({'timm_attn': json.dumps(origin, sort_keys=True)} if origin else {})
-    weights = _serialise(state_dict, metadata)
+    record: dict[str, Any] = {}
+    name, tensors = (ADAPTER, {}) if adapter else (WEIGHTS, state_dict)
+    if adapter:
+        tensors, record = split(model, state_dict, base)
+    weights = _serialise(tensors, metadata)
     about: dict[str, Any] = {
         'provenance': origin,
         'training': Training.of(training).to_dict(),
@@ -277,20 +282,15 @@ def save(
             'safetensors': safetensors.__version__,
         },
         'weights_sha256': sha256_of(weights),
+        'adapter': record,
     }
     status = _status(status, about, state_dict)
     license = license or origin.get('license')
     config = make_config(
         model, status=status, about=about, label_names=label_names, license=license, data_config=data_config
     )
-    if adapter:
-        files = adapter_files(model, state_dict, config, base)
-        with atomic_files(folder, tuple(files)) as (prepared, cut_off):
-            write_model(files, folder, prepared, overwrite, cut_off)
-        return folder
-    meta = build_meta(check_config(parse_config(encode_config(config))))
     try:
-        read_weights(weights, meta)
+        check_model(encode_config(config), weights, kind=name)
     except HubFileError as e:
         if 'does not fit' not in str(e):
             raise
@@ -299,7 +299,7 @@ def save(
             'that has these layers, such as cbam_resnet50.'
         ) from e
     with atomic_files(folder, MODEL_FILES) as (prepared, cut_off):
-        files = {WEIGHTS: weights, CONFIG: encode_config(config)}
+        files = {name: weights, CONFIG: encode_config(config)}
         if card:
             files[CARD] = render_card(config, weights=weights, old=old_card(folder)).encode()
         write_model(files, folder, prepared, overwrite, cut_off)
@@ -348,8 +348,13 @@ def write_model(
         cut_off: What `atomic_files` yielded.
 
     Raises:
-        ValueError: A file exists.
+        ValueError: A file exists, or the weights of another kind do.
     """
+    kinds = {WEIGHTS, ADAPTER} & set(files)
+    if other := [n for n in (WEIGHTS, ADAPTER) if kinds and n not in kinds and os.path.lexists(folder / n)]:
+        raise ValueError(
+            f"'{folder}' holds {other[0]}, which would be taken for this model's: choose another folder, or move it."
+        )
     taken = [n for n in files if os.path.lexists(folder / n)]
     if taken and not overwrite:
         if cut_off and all(_holds(folder / n, data) for n, data in files.items()):
@@ -372,23 +377,28 @@ class ModelFiles:
     Args:
         config: The checked config.
         meta: What it builds, on the meta device.
-        weights: Tensors by name.
+        weights: Tensors by name; of an adapter, only its own.
         files: Name -> content.
+        kind: The name of the file with the weights.
+        where: Where they are, for messages.
     """
 
     config: Config
     meta: nn.Module
     weights: dict[str, Tensor]
     files: dict[str, bytes]
+    kind: str = WEIGHTS
+    where: str = ''
 
 
-def check_model(config: bytes, weights: bytes, where: str = '') -> ModelFiles:
-    """Checks the two files that make a model, and that they belong together.
+def check_model(config: bytes, weights: bytes, where: str = '', kind: str = WEIGHTS) -> ModelFiles:
+    """Checks the two files that make a model or an adapter, and that they belong together.
 
     Args:
         config: config.json.
-        weights: model.safetensors.
+        weights: model.safetensors or adapter.safetensors.
         where: Where they are, for messages.
+        kind: The name of the latter.
 
     Raises:
         HubFileError: One is malformed, or does not fit the other.
@@ -396,14 +406,21 @@ def check_model(config: bytes, weights: bytes, where: str = '') -> ModelFiles:
     at = f' {where}' if where else ''
     found = check_config(parse_config(config, f'{CONFIG}{at}'), f'{CONFIG}{at}')
     meta = build_meta(found, f'{CONFIG}{at}')
-    tensors = read_weights(weights, meta, f'{WEIGHTS}{at}')
+    adapter = found.about.get('adapter')
+    if kind == ADAPTER and not (adapter and injections(meta)):
+        raise HubFileError(f'{CONFIG}{at} does not say which base its adapter is for.')
+    if adapter and adapter['base'] != found.model_args.get('base', 'resnet18'):
+        raise HubFileError(f'{CONFIG}{at} names two bases: timm_attn.adapter.base differs from model_args.base.')
+    if kind != ADAPTER and adapter:
+        raise HubFileError(f"{CONFIG}{at} is an adapter's, but {kind} holds a whole model: keep one of the two.")
+    tensors = read_weights(weights, meta, f'{kind}{at}', check_adapter_names if adapter else None)
     expected = found.about.get('weights_sha256')
     if expected is not None and expected != (actual := sha256_of(weights)):
         raise HubFileError(
-            f'{CONFIG}{at} belongs to other weights: it names the sha256 {expected}, and {WEIGHTS} has {actual}. '
+            f'{CONFIG}{at} belongs to other weights: it names the sha256 {expected}, and {kind} has {actual}. '
             'One of the two was replaced without the other: write both again.'
         )
-    return ModelFiles(found, meta, tensors, {CONFIG: config, WEIGHTS: weights})
+    return ModelFiles(found, meta, tensors, {CONFIG: config, kind: weights}, kind, where)
 
 
 def open_folder(directory: str | os.PathLike[str]) -> ModelFiles:
@@ -412,7 +429,7 @@ def open_folder(directory: str | os.PathLike[str]) -> ModelFiles:
     A save that was cut off is brought to its end first. Links that lead out of the folder are refused.
 
     Args:
-        directory: A folder with model.safetensors and config.json.
+        directory: A folder with model.safetensors (or adapter.safetensors) and config.json.
 
     Raises:
         HubFileError: A file is missing, malformed, or does not fit the others.
@@ -421,14 +438,16 @@ def open_folder(directory: str | os.PathLike[str]) -> ModelFiles:
     config = b''
     while True:
         _finish(folder)
-        if missing := [n for n in (CONFIG, WEIGHTS) if not os.path.lexists(folder / n)]:
+        lone = os.path.lexists(folder / ADAPTER) and not os.path.lexists(folder / WEIGHTS)
+        kind = ADAPTER if lone else WEIGHTS
+        if missing := [n for n in (CONFIG, kind) if not os.path.lexists(folder / n)]:
             raise HubFileError(
                 f"'{folder}' has no {' and no '.join(missing)}: write it with timm_attn.save(model, directory)."
             )
         before, config = config, _read(folder, CONFIG, MAX_CONFIG_BYTES)
-        weights = _read(folder, WEIGHTS)
+        weights = _read(folder, kind)
         try:
-            model = check_model(config, weights, f"of '{folder}'")
+            model = check_model(config, weights, f"of '{folder}'", kind)
             break
         except HubFileError:
             # Somebody may have replaced the model between the two reads: then there is another config.json now.
@@ -465,7 +484,7 @@ def read_folder(directory: str | os.PathLike[str]) -> tuple[Config, dict[str, Pa
     """Reads and checks a model folder as strictly as one from the Hub.
 
     Args:
-        directory: A folder with model.safetensors and config.json.
+        directory: A folder with model.safetensors (or adapter.safetensors) and config.json.
 
     Returns:
         The checked config, and the files to push by their names.
@@ -495,7 +514,7 @@ def card_of_folder(
     raw = add_evaluation(model.config.raw, eval_results)
     files = {CONFIG: encode_config(raw)} if raw != model.config.raw else {}
     old = decode_card(model.files[CARD]) if CARD in model.files else None
-    text = render_card(raw, weights=model.files[WEIGHTS], source=source, old=old)
+    text = render_card(raw, weights=model.files[model.kind], source=source, old=old)
     check_card(text)
     if write:
         with atomic_files(folder, MODEL_FILES) as (prepared, _):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import safetensors.torch
@@ -22,13 +22,19 @@ def sha256_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def read_weights(data: bytes, model: nn.Module, where: str = WEIGHTS) -> dict[str, Tensor]:
+def read_weights(
+    data: bytes,
+    model: nn.Module,
+    where: str = WEIGHTS,
+    names: Callable[[list[str], nn.Module, str], None] | None = None,
+) -> dict[str, Tensor]:
     """The tensors of a safetensors file, after all checks that need no trust in it.
 
     Args:
         data: The file's bytes.
         model: The model they are for, which may be on the meta device.
         where: The file's name for the message.
+        names: What its names have to be, in place of `check_names`: all of the model's.
 
     Returns:
         Tensors by name, in memory of their own.
@@ -37,8 +43,7 @@ def read_weights(data: bytes, model: nn.Module, where: str = WEIGHTS) -> dict[st
         HubFileError: The file is cut short, has bytes left over, or a header that is too large or contradicts itself;
             its tensors do not fit the model; or a value is none that a model can have.
     """
-    names = _header_names(data, where)
-    check_names(names, model, where)
+    (names or check_names)(_header_names(data, where), model, where)
     try:
         found = safetensors.torch.load(data)
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as e:

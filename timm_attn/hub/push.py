@@ -17,13 +17,14 @@ import huggingface_hub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, ModelCard, constants
 from torch import nn
 
+from .adapter import Base
 from .card import check_card, render_card
 from .client import HubError, HubFileError, as_hub_error, hub_api, retry, timeouts
 from .config import MAX_CONFIG_BYTES, check_config, encode_config, parse_config
 from .download import RemoteFile, Snapshot, checksum, fetch, remote_files
 from .folder import EvaluationLike, Labels, ModelFiles, decode_card, open_folder, save
 from .records import Provenance, Training, add_evaluation, normalise_descriptions, normalise_labels
-from .rules import CARD, CONFIG, MAX_CARD_BYTES, WEIGHTS, check_repo_id
+from .rules import ADAPTER, CARD, CONFIG, MAX_CARD_BYTES, WEIGHTS, check_repo_id
 
 _logger = logging.getLogger(__name__)
 _COMMIT = re.compile(r'[0-9a-f]{40}')
@@ -83,6 +84,8 @@ def push_to_hub(
     status: str | None = None,
     license: str | None = None,
     data_config: Mapping[str, Any] | None = None,
+    adapter: bool = False,
+    base: Base = None,
 ) -> PushResult:
     """Puts a model, its config and its card on the Hub in one commit.
 
@@ -92,7 +95,7 @@ def push_to_hub(
     everything is there no commit is made.
 
     Args:
-        model_or_dir: A model, or a folder that `save` wrote.
+        model_or_dir: A model, or a folder that `save` wrote, an adapter's too.
         repo_id: 'NAMESPACE/NAME'; created when it does not exist.
         private: Whether a repository that is created is private.
         revision: The branch; created from main when it does not exist.
@@ -109,6 +112,8 @@ def push_to_hub(
         status: As for `save`, for a model.
         license: As for `save`, for a model.
         data_config: As for `save`, for a model.
+        adapter: As for `save`, for a model; a folder is what it is.
+        base: As for `save`, for an adapter.
 
     Returns:
         What was pushed, and at which commit.
@@ -129,7 +134,7 @@ def push_to_hub(
             'data_config': data_config,
         }
         if isinstance(model_or_dir, nn.Module):
-            save(model_or_dir, temporary, eval_results=eval_results, card=False, **records)
+            save(model_or_dir, temporary, adapter=adapter, base=base, eval_results=eval_results, card=False, **records)
             model = open_folder(temporary)
         else:
             if given := [k for k, v in records.items() if v is not None and k != 'label_names']:
@@ -137,6 +142,11 @@ def push_to_hub(
                     f'{given} are for a model; a folder has its own: pass them to save, or edit its config.json.'
                 )
             model = open_folder(model_or_dir)
+            if (adapter and model.kind != ADAPTER) or base is not None:
+                raise ValueError(
+                    'adapter=True and base= are for a model; a folder is pushed as it is: write it with '
+                    'timm_attn.save(model, directory, adapter=True).'
+                )
     raw = dict(model.config.raw)
     if not isinstance(model_or_dir, nn.Module):
         raw = add_evaluation(raw, eval_results)
@@ -192,7 +202,7 @@ class _Push:
         return decode_card(self.files[CARD]) if CARD in self.files else None
 
     def _card(self, config: dict[str, Any], old: str | None) -> str:
-        return render_card(config, weights=self.files[WEIGHTS], source=f'hf-hub:{self.repo_id}', old=old)
+        return render_card(config, weights=self.files[self.model.kind], source=f'hf-hub:{self.repo_id}', old=old)
 
     def run(self) -> PushResult:
         """Attempts until it is done, somebody has to act, or the attempts are used up."""
@@ -203,7 +213,7 @@ class _Push:
         self._check_meanwhile(snapshot)
         files = self._merged(snapshot)
         changed = tuple(n for n, data in files.items() if not _same(snapshot.files.get(n), data))
-        removed = tuple(n for n in _STALE if n in snapshot.files)
+        removed = tuple(n for n in self._stale() if n in snapshot.files)
         url = f'{self.api.endpoint}/{self.repo_id}'
         if not (changed or removed):
             _logger.info('%s is up to date at %s: no commit made.', self.repo_id, snapshot.commit[:12])
@@ -220,13 +230,16 @@ class _Push:
             )
         return PushResult(self.repo_id, commit, info.pr_url or f'{url}/commit/{commit}', changed, info.pr_url, removed)
 
+    def _stale(self) -> tuple[str, ...]:
+        return (*_STALE, WEIGHTS if self.model.kind == ADAPTER else ADAPTER)
+
     def _check_meanwhile(self, snapshot: Snapshot) -> None:
         """Refuses to replace weights that somebody else committed after this push began."""
-        now = snapshot.files.get(WEIGHTS)
+        now = snapshot.files.get(self.model.kind)
         if self.first is None:
             self.first = (now,)
         (first,) = self.first
-        if now == first or now is None or _same(now, self.files[WEIGHTS]) or self.force:
+        if now == first or now is None or _same(now, self.files[self.model.kind]) or self.force:
             return
         raise HubError(
             f"Somebody else committed other weights to '{self.repo_id}' while this push was under way (commit "
@@ -259,7 +272,7 @@ class _Push:
 
     def _snapshot(self) -> Snapshot:
         """What the Hub holds now; creates the repository or the branch when there is none."""
-        names = [CONFIG, WEIGHTS, CARD, *_STALE, *self.files]
+        names = [CONFIG, WEIGHTS, ADAPTER, CARD, *_STALE, *self.files]
         try:
             info = self.api.model_info(self.repo_id, revision=self.revision or constants.DEFAULT_REVISION)
         except huggingface_hub.errors.GatedRepoError:
@@ -306,6 +319,11 @@ class _Push:
                 raise HubError(
                     f"'{self.repo_id}' holds a {str(there.get('architecture'))[:80]}, not a {config['architecture']}: "
                     'choose another repository, or pass force=True (--force) to replace it.'
+                )
+            if (other := self._stale()[-1]) in snapshot.files and not self.force:
+                raise HubError(
+                    f"'{self.repo_id}' holds {other}, which a push of {self.model.kind} would remove: choose another "
+                    'repository, or pass force=True (--force) to replace it.'
                 )
             config |= self._kept_labels(there)
         data = encode_config(config)

@@ -308,6 +308,15 @@ def check_about(about: Any, where: str) -> dict[str, Any]:
         raise HubFileError(f'{where}: timm_attn.status (={str(status)[:80]!r}) must be one of: {", ".join(STATUSES)}.')
     if not text(64, '[0-9a-f]{64}')(about.get('weights_sha256', '0' * 64)):
         raise HubFileError(f'{where}: timm_attn.weights_sha256 must be 64 hexadecimal digits.')
+    if 'adapter' in about:
+        adapter = about['adapter']
+        digits = text(64, '[0-9a-f]{64}')
+        if not (isinstance(adapter, dict) and digits(adapter.get('sha256')) and text(128)(adapter.get('base'))):
+            raise HubFileError(
+                f"{where}: timm_attn.adapter must be an object with 'base', a name, and 'sha256', 64 hexadecimals."
+            )
+        if type(adapter.get('numbers', 0)) is not int:
+            raise HubFileError(f'{where}: timm_attn.adapter.numbers must be an integer.')
     records: Any = about.get('evaluation', [])
     if not isinstance(records, list) or len(records) > 256:
         raise HubFileError(f'{where}: timm_attn.evaluation must be a list of records.')

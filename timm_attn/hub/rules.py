@@ -9,6 +9,9 @@ CONFIG = 'config.json'
 
 WEIGHTS = 'model.safetensors'
 
+# In its place, where a folder holds only what injection added to a base.
+ADAPTER = 'adapter.safetensors'
+
 CARD = 'README.md'
 
 
