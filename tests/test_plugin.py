@@ -1,5 +1,6 @@
 """An attention from a package of its own, as docs/add-attention.md shows it, works everywhere by its name."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hub_client import TOKENS, client_environment, serve
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / 'docs/add-attention.md').read_text(encoding='utf-8')
@@ -85,6 +87,41 @@ assert kept_bytes(fused, x) < kept_bytes(model, x)
 assert count(model.eval(), (3, 64, 48))['params'] == sum(p.numel() for p in model.parameters())
 """
 
+# In folders, and on the Hub: whole and as an adapter, with the card.
+PUBLISH = """
+import sys
+import timm, torch
+import timm_attn
+from timm_attn.hub import pull, push_to_hub
+
+torch.manual_seed(0)
+small = dict(layers=(1, 1, 1, 1), channels=(16, 16, 16, 16), num_classes=3, zero_init_last=False)
+base, model = (timm.create_model('resnet18', **small) for _ in range(2))
+model.load_state_dict(base.state_dict())
+timm_attn.inject(model.eval(), 'rowgate')
+for site in timm_attn.attn_sites(model).values():
+    torch.nn.init.normal_(site.conv.weight, std=0.2)
+x = torch.randn(2, 3, 64, 48)
+wanted = model(x)
+push_to_hub(model, 'me/whole')
+push_to_hub(model, 'me/adapter', adapter=True, base=base)
+for folder in ('whole', 'adapter'):
+    pull(f'me/{folder}', folder)
+for again in (
+    timm_attn.load_from_hub('me/whole'),
+    timm.create_model('hf-hub:me/whole', pretrained=True),
+    timm_attn.load_from_hub('me/adapter', base=base),
+    timm_attn.load('whole'),
+    timm_attn.load('adapter', base=base),
+):
+    assert torch.equal(again.eval()(x), wanted)
+card = open('adapter/README.md', encoding='utf-8').read()
+head = card.split('---')[1]
+for tag in ('rowgate', 'spatial-attention', 'attention', 'adapter'):
+    assert f'- {tag}\\n' in head, (tag, head)
+assert 'RowGate (rowgate)' in card and "load_from_hub('me/adapter')" in card
+"""
+
 
 @pytest.fixture(scope='module')
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -101,9 +138,11 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def run(package: Path, folder: Path, *command: str) -> 'subprocess.CompletedProcess[str]':
+def run(
+    package: Path, folder: Path, *command: str, env: dict[str, str] | None = None
+) -> 'subprocess.CompletedProcess[str]':
     path = os.pathsep.join([str(package), str(ROOT), os.environ.get('PYTHONPATH', '')])
-    env = {**os.environ, 'PYTHONPATH': path, 'HF_HUB_OFFLINE': '1'}
+    env = {**(env or {**os.environ, 'HF_HUB_OFFLINE': '1'}), 'PYTHONPATH': path}
     return subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -123,3 +162,47 @@ def test_the_command_line_imports_a_module_of_the_working_folder(package: Path, 
     main = 'import sys; from timm_attn.cli.main import main; sys.exit(main(sys.argv[1:]))'
     done = run(tmp_path / 'no', tmp_path, '-c', main, 'list', '--import', 'absent')
     assert done.returncode == 1 and "No module named 'absent'" in done.stderr
+
+
+# The first half of what `timm-attn list` prints.
+LIST = 'from timm_attn.cli.list import attentions_table; print(attentions_table())'
+
+
+def test_it_is_listed_without_being_asked_for(package: Path, tmp_path: Path) -> None:
+    done = run(package, tmp_path, '-c', LIST)
+    assert done.returncode == 0 and '| `rowgate` | RowGate |' in done.stdout, done.stderr
+    assert 'rowgate' not in run(tmp_path / 'no', tmp_path, '-c', LIST).stdout
+    # A package that fails is named, and takes nobody else's list away.
+    broken = tmp_path / 'broken'
+    (broken / 'bad-1.dist-info').mkdir(parents=True)
+    (broken / 'bad-1.dist-info/METADATA').write_text('Metadata-Version: 2.1\nName: bad\nVersion: 1\n')
+    (broken / 'bad-1.dist-info/entry_points.txt').write_text('[timm_attn.plugins]\nbad = not_there\n')
+    done = run(broken, tmp_path, '-c', LIST)
+    assert done.returncode == 0 and '| `cbam` | CBAM |' in done.stdout
+    assert "The plugin 'bad' (not_there) of the group timm_attn.plugins cannot be imported" in done.stderr
+
+
+def test_it_is_published_and_a_machine_without_it_hears_what_is_missing(package: Path, tmp_path: Path) -> None:
+    with contextlib.contextmanager(serve)(xet=False) as hub:
+        env = client_environment(hub, tmp_path / 'home', TOKENS['me'])
+        done = run(package, tmp_path, '-c', PUBLISH, env=env)
+        assert done.returncode == 0, done.stderr
+        load = "import timm_attn; timm_attn.load_from_hub('me/whole')"
+        done = run(tmp_path / 'no', tmp_path, '-c', load, env=env)
+    assert "Unknown attention 'rowgate'" in done.stderr
+    project = (package.parent / 'pyproject.toml').read_text(encoding='utf-8')
+    (name,) = re.findall(r'^name = "(.*)"', project, flags=re.MULTILINE)
+    assert f"It comes with the package '{name}': install it" in done.stderr
+    for folder in ('whole', 'adapter'):
+        done = run(tmp_path / 'no', tmp_path, '-c', f'import timm_attn; timm_attn.load({folder!r})')
+        assert f"It comes with the package '{name}'" in done.stderr
+
+
+def test_one_that_ignores_its_gain_is_refused(package: Path, tmp_path: Path) -> None:
+    source = (package / 'rowgate.py').read_text(encoding='utf-8')
+    careless = re.sub(r' \* self\.gain\b', '', source)
+    assert careless != source
+    (tmp_path / 'mine.py').write_text(careless.replace('rowgate', 'mine'), encoding='utf-8')
+    inject = "import timm, timm_attn, mine; timm_attn.inject(timm.create_model('resnet18'), 'mine')"
+    done = run(tmp_path / 'no', tmp_path, '-c', inject)
+    assert "'mine' (mine.RowGate) cannot start as the identity: it ignores `gain`" in done.stderr

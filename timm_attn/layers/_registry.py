@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points, packages_distributions
@@ -10,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 
 from ._base import Attention
+
+_logger = logging.getLogger(__name__)
 
 # Placement -> where that is in a ResNet.
 PLACEMENTS = {
@@ -107,8 +110,18 @@ def register_attn(
 
 
 def list_attn() -> list[str]:
-    """Names of all attentions, sorted."""
+    """Names of all attentions, sorted, with those of installed packages that have an entry point for it.
+
+    A package that cannot be imported is named in a warning.
+    """
+    for problem in _load_plugins():
+        _logger.warning('%s', problem)
     return sorted(_ATTENTIONS)
+
+
+def is_registered(name: str) -> bool:
+    """Whether an attention is in the table already, with no look at other packages."""
+    return name in _ATTENTIONS
 
 
 def get_attn(name: str) -> AttnSpec:
@@ -123,26 +136,31 @@ def get_attn(name: str) -> AttnSpec:
     Raises:
         ValueError: No attention has that name, or a package fails to import.
     """
+    problems = [] if name in _ATTENTIONS else _load_plugins()
     if name not in _ATTENTIONS:
-        _load_plugins()
-    if name not in _ATTENTIONS:
+        if problems:
+            raise ValueError(problems[0])
         near = difflib.get_close_matches(str(name), list_attn(), 3)
         hint = f' Did you mean {" or ".join(map(repr, near))}?' if near else ''
         raise ValueError(f"Unknown attention '{name}'.{hint} Expected one of: {', '.join(list_attn())}.")
     return _ATTENTIONS[name]
 
 
-def _load_plugins() -> None:
+def _load_plugins() -> list[str]:
+    """Imports the packages that have an entry point, each once; gives what is wrong with those that fail."""
+    problems = []
     for point in entry_points(group=PLUGINS):
         if point.value not in _LOADED:
+            _LOADED.add(point.value)  # before: what is imported may ask for the list itself
             try:
                 point.load()
             except Exception as e:
-                raise ValueError(
+                _LOADED.discard(point.value)
+                problems.append(
                     f"The plugin '{point.name}' ({point.value}) of the group {PLUGINS} cannot be imported "
                     f'({type(e).__name__}: {e}): mend or uninstall its package.'
-                ) from e
-            _LOADED.add(point.value)
+                )
+    return problems
 
 
 def package_of(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from timm.models import get_pretrained_cfg
 
-from ..layers import get_attn, list_attn
+from ..layers import get_attn, is_registered
 from .sources import SOURCES
 
 _PCV = 'https://github.com/osmr/imgclsmob/releases/download'
@@ -126,7 +126,7 @@ _PLAIN = {18: 71.504, 34: 76.42, 50: 80.382, 101: 81.494, 152: 81.998}
 def _warm(model: str) -> Tag | None:
     """The warm start of a model 'ATTN_resnetDEPTH', None where its attention has none."""
     attn, _, depth = model.rpartition('_resnet')
-    if attn not in list_attn() or not depth.isdigit() or int(depth) not in _PLAIN or get_attn(attn).cls.no_warm_start:
+    if not is_registered(attn) or not depth.isdigit() or int(depth) not in _PLAIN or get_attn(attn).cls.no_warm_start:
         return None
     net = f'resnet{depth}.a1_in1k'
     return Tag(
