@@ -590,6 +590,8 @@ def _check_neutral_here(attn: AttnSpec, module: Attention, channels: int, args: 
     if any(t.is_meta for t in module.state_dict().values()):
         with torch.random.fork_rng(devices=[]):
             module = create_attn(attn.name, channels, device='cpu', **args)
+        if any(t.is_meta for t in module.parameters()):
+            return  # accelerate's init_empty_weights makes every parameter empty: there is nothing to compute with
         module.init_neutral()
     else:
         module = copy.deepcopy(module).to('cpu', torch.float32)
@@ -664,11 +666,15 @@ def _is_ours(method: Any) -> bool:
     return isinstance(method, functools.partial) and method.func is _no_weight_decay
 
 
-def _exempt(host: Any) -> None:
-    """Has the model's `no_weight_decay` name its attentions' parameters too; without any, as it was."""
+def exempt(host: Any) -> None:
+    """Has a model's `no_weight_decay` name its attentions' parameters too; without any, as it was.
+
+    Args:
+        host: A registered model, also one that timm took apart for its features, or one that `inject` changed.
+    """
     method = getattr(host, 'no_weight_decay', None)
-    needed = any(m.no_weight_decay for m in attn_sites(host).values())
-    if needed and not _is_ours(method):
+    needed = no_weight_decay(host)
+    if needed and not _is_ours(method) and not needed <= set(method() if method else ()):
         host.no_weight_decay = functools.partial(_no_weight_decay, host, method)
     elif not needed and _is_ours(method):
         del host.no_weight_decay
@@ -768,7 +774,7 @@ def inject(
         site.put(model, module, fmt)
     if any(site.kind == 'hook' for site in sites):
         _forget_compiled()
-    _exempt(model)
+    exempt(model)
     _record(model, attn, attn_args, at, where, fmt, start, example, sites)
     _log(name, model, sites, taken)
     norms = [s.owner for s in sites if isinstance(model.get_submodule(s.owner), nn.modules.batchnorm._BatchNorm)]
@@ -902,7 +908,7 @@ def eject(model: nn.Module) -> nn.Module:
                 owner, _, child = site.rpartition('.')
                 Site(owner, child, kind).clear(host)
         del host._injections, host._base
-        _exempt(host)
+        exempt(host)
     _forget_compiled()
     return model
 

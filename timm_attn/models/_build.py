@@ -9,8 +9,9 @@ import timm.models
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs
 from torch import nn
 
-from ..layers import no_weight_decay
+from ..injection import exempt
 from ..weights import cfgs_of, checkpoint_filter_fn
+from ..weights.read import read_checkpoint
 
 M = TypeVar('M', bound=nn.Module)
 F = TypeVar('F', bound=Callable[..., nn.Module])
@@ -48,12 +49,16 @@ def build(cls: type[M], variant: str, pretrained: bool, defaults: dict[str, Any]
     attn_args = {**defaults.get('attn_args', {}), **(kwargs.get('attn_args') or {})}
     if attn_args:
         args['attn_args'] = attn_args
+    overlay = dict(args.get('pretrained_cfg_overlay') or {})
+    if pretrained and overlay.get('file') and overlay.get('state_dict') is None:
+        # timm would choose among raw and averaged weights before our filter sees them, and not say so.
+        args['pretrained_cfg_overlay'] = {**overlay, 'state_dict': read_checkpoint(overlay['file']).content}
     # The filter looks a download's checksum up where timm puts it.
     filter_fn = functools.partial(checkpoint_filter_fn, cache_dir=args.get('cache_dir'))
     model: Any = build_model_with_cfg(cls, variant, pretrained, pretrained_filter_fn=filter_fn, **args)
-    # features_only takes the model apart, and its method would be lost.
-    if not hasattr(model, 'no_weight_decay') and no_weight_decay(model):
-        model.no_weight_decay = functools.partial(no_weight_decay, model)
+    if 'file' in overlay:
+        model.pretrained_cfg.pop('state_dict', None)
+    exempt(model)  # features_only takes the model apart, and the class's own method is lost
     # A config that somebody gives, such as that of a saved model, says itself what images its weights want.
     if args.get('cifar_stem') and not isinstance(args.get('pretrained_cfg'), dict | PretrainedCfg):
         _take_small_images(model, args.get('pretrained_cfg_overlay') or {})
