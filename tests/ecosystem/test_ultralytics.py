@@ -1,9 +1,13 @@
 """ultralytics: attention in YOLO, built from its own YAML without any download."""
 
+import re
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import timm_attn
@@ -46,3 +50,33 @@ def test_yolo_keeps_its_output_also_when_fused(name: str, first_fused: bool) -> 
         model.fuse(verbose=False)
         for a, b in zip(features(model, x), loud, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 * b.abs().max().item())
+
+
+PAGE = Path(__file__).resolve().parents[2] / 'docs/inject-ultralytics.md'
+
+
+def test_its_trainer_keeps_the_attention_as_the_page_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's blocks, word by word, with pictures of two classes: the attention learns, and is in what is saved."""
+    random = np.random.default_rng(0)
+    for split in ('train', 'val'):
+        for kind in ('images', 'labels'):
+            (tmp_path / kind / split).mkdir(parents=True)
+        for i in range(4):
+            pixels = random.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f'images/{split}/{i}.png')
+            (tmp_path / f'labels/{split}/{i}.txt').write_text(f'{i % 2} 0.5 0.5 0.4 0.4\n')
+    (tmp_path / 'data.yaml').write_text(f'path: {tmp_path}\ntrain: images/train\nval: images/val\nnames: [a, b]\n')
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in re.findall(r'^```py\n(.*?)^```', PAGE.read_text(encoding='utf-8'), flags=re.DOTALL | re.MULTILINE):
+        exec(compile(block, str(PAGE), 'exec'), names)
+    trained = names['trained']
+    sites = attn_sites(trained.model)
+    assert list(sites) == ['model.4.attn', 'model.6.attn', 'model.9.attn']
+    # Neutral at the start: its last layers were zero, and have moved.
+    assert all(attn.fc2.weight.any() for attn in sites.values())
+    assert [attn.gain for attn in sites.values()] == [4, 4, 4]
+    # Ultralytics' own reader gives it back, after `import timm_attn`.
+    again = names['ultralytics'].YOLO(str(trained.trainer.last))
+    assert list(attn_sites(again.model)) == list(sites)
+    assert again.model.state_dict().keys() == trained.trainer.model.state_dict().keys()
