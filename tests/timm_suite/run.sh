@@ -3,6 +3,7 @@
 # timm: its sdist, taken by pip, unpacked outside the checkout and away from the sdist's own timm/.
 #
 #   tests/timm_suite/run.sh                       # all models, two processes
+#   TIMM_PLUGIN=injected_models TIMM_FILTER="in_*" tests/timm_suite/run.sh     # combinations of `injected`
 #   TIMM_FILTER='cbam_*,bam_*' tests/timm_suite/run.sh -n 0 -x
 #
 # Needs pytest and pytest-xdist. PYTHON names the interpreter. Fails when no model matched or a timm name was taken.
@@ -23,5 +24,5 @@ cd suite
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
 "$python" -c 'import timm_attn' 2> "$work/import.log" || export PYTHONPATH="$PYTHONPATH:${here%/tests/timm_suite}"
 # One thread for each of the processes. Tests of pretrained weights download them; tests/weights covers those.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TIMM_PLUGIN=timm_attn
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TIMM_PLUGIN=${TIMM_PLUGIN:-timm_attn}
 "$python" -m pytest -c pyproject.toml -p timm_suite_plugin -q -n 2 -k 'not pretrained' "$@" tests/test_models.py
