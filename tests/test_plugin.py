@@ -191,7 +191,7 @@ def test_it_is_published_and_a_machine_without_it_hears_what_is_missing(package:
         done = run(tmp_path / 'no', tmp_path, '-c', load, env=env)
     assert "Unknown attention 'rowgate'" in done.stderr
     project = (package.parent / 'pyproject.toml').read_text(encoding='utf-8')
-    (name,) = re.findall(r'^name = "(.*)"', project, flags=re.MULTILINE)
+    (name,) = re.findall(r"""^name = ['"](.*)['"]""", project, flags=re.MULTILINE)
     assert f"It comes with the package '{name}': install it" in done.stderr
     for folder in ('whole', 'adapter'):
         done = run(tmp_path / 'no', tmp_path, '-c', f'import timm_attn; timm_attn.load({folder!r})')
