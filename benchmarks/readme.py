@@ -4,9 +4,11 @@ Tables come from the registry, the weights table and `benchmarks/results/`; a te
 """
 
 import functools
+import importlib.util
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,15 @@ def _read(name: str) -> Any:
     """A file of results, None where it has not been made."""
     path = RESULTS / name
     return json.loads(path.read_text(encoding='utf-8')) if path.exists() else None
+
+
+def load_module(name: str) -> Any:
+    """Another script of this folder, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / f'benchmarks/{name}.py')
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def attentions_table() -> str:
@@ -387,6 +398,43 @@ def hosts_table() -> str:
 
 
 Table = Callable[[], str]
+
+
+def adapters_table() -> str:
+    """Numbers and bytes of adapters, beside the whole models."""
+    record = json.loads((RESULTS / 'adapters.json').read_text(encoding='utf-8'))
+
+    def size(count: int) -> str:
+        return f'{count / 1e6:.1f} MB' if count >= 1e5 else f'{count / 1e3:.1f} KB'
+
+    rows = sorted(record['rows'], key=lambda r: r['adapter'])
+    return markdown_table(
+        ('attention', 'numbers', 'adapter', 'whole model'),
+        [(f'`{r["attention"]}`', f'{r["numbers"]:,}', size(r['adapter']), size(r['whole'])) for r in rows],
+    )
+
+
+def scan_table() -> str:
+    """What became of timm's architectures: accepted, or refused and why; in memory, and on the meta device."""
+    scan = load_module('scan_timm')
+    record = json.loads((RESULTS / 'scan_timm.json').read_text(encoding='utf-8'))
+    rows = list(record['rows'].values())
+    cases = [(device, key) for device in ('cpu', 'meta') for key in ('slots', 'stages')]
+    counts = {case: Counter(scan.verdict(r[case[1]]) for r in rows if r['device'] == case[0]) for case in cases}
+    found = sorted({verdict for c in counts.values() for verdict in c}, key=lambda v: (v != 'accepted', v))
+    total = {d: sum(r['device'] == d for r in rows) for d in ('cpu', 'meta')}
+    head = [
+        f'{total[device]} {"in memory" if device == "cpu" else "others on the meta device"}, '
+        f'{"own slots (`at=None`)" if key == "slots" else "`at=` its stages"}'
+        for device, key in cases
+    ]
+    version = record['environment']['timm']
+    return markdown_table(
+        (f'{len(rows)} of {record["architectures"]} architectures of timm {version}', *head),
+        [(v, *(str(counts[case][v]) for case in cases)) for v in found],
+    )
+
+
 PAGES: dict[Path, dict[str, Table]] = {
     ROOT / 'README.md': {'attentions': attentions_table},
     ROOT / 'docs/attentions.md': {'needs': needs_table, 'reference': reference_table},
@@ -405,6 +453,8 @@ PAGES: dict[Path, dict[str, Table]] = {
     ROOT / 'docs/compare.md': {'order': functools.partial(accuracy_text, 'cbam-order')},
     ROOT / 'docs/pretrained.md': {'starts': starts_text},
     ROOT / 'docs/choose.md': {'needs': needs_table, 'costs': costs_table, 'accuracy': accuracy_text},
+    ROOT / 'docs/inject.md': {'adapters': adapters_table},
+    ROOT / 'docs/inject-timm.md': {'scan': scan_table},
 }
 
 
