@@ -71,7 +71,7 @@ def test_its_trainer_keeps_the_attention_as_the_page_shows(tmp_path: Path, monke
     for block in re.findall(r'^```py\n(.*?)^```', PAGE.read_text(encoding='utf-8'), flags=re.DOTALL | re.MULTILINE):
         exec(compile(block, str(PAGE), 'exec'), names)
     trained = names['trained']
-    sites = attn_sites(trained.model)
+    sites: dict[str, Any] = dict(attn_sites(trained.model))
     assert list(sites) == ['model.4.attn', 'model.6.attn', 'model.9.attn']
     # Neutral at the start: its last layers were zero, and have moved.
     assert all(attn.fc2.weight.any() for attn in sites.values())

@@ -188,7 +188,8 @@ def test_an_adapter_goes_to_the_hub_and_back_and_its_card_runs(
             load_from_hub('me/adapter', num_classes=0).eval()(x),
             model.forward_head(model.forward_features(x), pre_logits=True),
         )
-    assert again.pretrained_cfg['label_names'] == list('abcde')
+    last: Any = again
+    assert last.pretrained_cfg['label_names'] == list('abcde')
     # Pushed from its folder, it is the same.
     assert push_to_hub(folder, 'me/again').changed
     assert hub.files('me/again')['adapter.safetensors'] == files['adapter.safetensors']
@@ -246,7 +247,8 @@ def test_adapter_and_whole_model_do_not_replace_one_another_unasked(
     with pytest.raises(ValueError, match=r'holds adapter\.safetensors, which would be taken'):
         timm_attn.save(model, folder, overwrite=True)
     assert {p.name: p.read_bytes() for p in whole.iterdir()} == before
-    for given in ({'adapter': True}, {'base': plain()}):
+    wrong: list[dict[str, Any]] = [{'adapter': True}, {'base': plain()}]
+    for given in wrong:
         with pytest.raises(ValueError, match='are for a model; a folder is pushed as it is'):
             push_to_hub(whole, 'me/y', **given)
     # A folder that holds both is neither.
