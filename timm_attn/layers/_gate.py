@@ -171,7 +171,8 @@ def _pooled(x: Tensor, dim: list[int], keepdim: bool) -> tuple[Tensor, Tensor, T
 
 @torch.fx.wrap
 def _gated(x: Tensor, gates: list[Tensor], gain: float) -> Tensor:
-    if gain != 1.0:
+    # A gain that is not 1 is a tensor, whose value nobody asks for; TorchScript makes a number of it.
+    if isinstance(gain, Tensor) or gain != 1.0:
         gates = [gate * gain for gate in gates]
     if torch.jit.is_scripting():
         return x * _total(gates)
