@@ -251,8 +251,9 @@ def fastest_peer(ratios: Mapping[str, float]) -> str | None:
 
 
 def losses(ratios: Mapping[str, float]) -> list[str]:
-    """Where ours takes more than `TOLERANCE` of a rival's time: the eager form of the fastest peer's, the fused form of
-    that, of the eager one's and of what torch.compile makes of it.
+    """Where ours takes more than `TOLERANCE` of a rival's time.
+
+    The eager form's rival is the fastest peer; the fused form's are that, the eager form and torch.compile's.
 
     Args:
         ratios: Kind of row -> its ratio to the plain model's time.

@@ -327,6 +327,7 @@ class FusedBasicBlock(Fused, BasicBlock):
     forward = _forward_of(BasicBlock)
 
     def fused_forward(self, x: Tensor) -> Tensor:
+        """The forward pass for training, and for inference with BatchNorms."""
         (y,) = norm_act_conv(self.compiled, cast(nn.BatchNorm2d, self.bn1), self.conv1(x), self.conv2)
         return _tail(self, self.bn2, _gated_output(self.conv2, y), x)
 
@@ -341,6 +342,7 @@ class FusedBottleneck(Fused, Bottleneck):
     forward = _forward_of(Bottleneck)
 
     def fused_forward(self, x: Tensor) -> Tensor:
+        """The forward pass for training, and for inference with BatchNorms."""
         (y,) = norm_act_conv(self.compiled, cast(nn.BatchNorm2d, self.bn1), self.conv1(x), self.conv2)
         (y,) = norm_act_conv(self.compiled, cast(nn.BatchNorm2d, self.bn2), _gated_output(self.conv2, y), self.conv3)
         return _tail(self, self.bn3, _gated_output(self.conv3, y), x)
@@ -355,15 +357,18 @@ class FusedSKBottleneck(Fused, SKBottleneck):
     forward = _forward_of(SKBottleneck)
 
     def fusible(self, norm: type[nn.Module]) -> bool:
+        """Whether this block is one whose computation is known here; its selective kernel must be known too."""
         sk = type(self.conv2) is SelectiveKernel and _recomputable(self.conv2)
         return sk and _absent(self.bn2) and _absent(self.act2) and super().fusible(norm)
 
     def fused_forward(self, x: Tensor) -> Tensor:
+        """The forward pass for training, and for inference with BatchNorms."""
         sk = cast(SelectiveKernel, self.conv2)
         y0, y1 = norm_act_conv(self.compiled, cast(nn.BatchNorm2d, self.bn1), self.conv1(x), sk.conv1, sk.conv2)
         return _tail(self, self.bn3, select_conv(self.compiled, sk, self.conv3, y0, y1), x)
 
     def frozen_forward(self, x: Tensor) -> Tensor:
+        """The forward pass where BatchNorms are folded into convolutions."""
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.conv2(self.conv1(x).relu_())
         return _frozen_tail(self.se, self.conv3(x), shortcut)

@@ -177,6 +177,7 @@ def conv_params(y: Tensor, *convs: nn.Conv2d) -> list[Tensor | None]:
 
 
 def convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What `conv` makes of x with this weight and bias, which autocast may have cast."""
     padding = cast(tuple[int, ...], conv.padding)
     return torch.convolution(x, weight, bias, conv.stride, padding, conv.dilation, False, (0, 0), conv.groups)
 

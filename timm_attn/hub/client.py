@@ -120,8 +120,7 @@ class _Patience:
 
 
 class _Tries:
-    """Counts how often a request was sent without an answer below 400, and stops the client's own retries at a
-    bound."""
+    """Counts how often a request had no answer below 400, and stops the client's own retries at a bound."""
 
     def __init__(self) -> None:
         self.counts: dict[tuple[Any, ...], tuple[int, str]] = {}
@@ -207,8 +206,7 @@ _previous: Any = None
 
 @contextmanager
 def timeouts() -> Iterator[None]:
-    """Gives every request of the Hub's client a time limit and a bounded number of tries, and takes both back at the
-    end.
+    """Gives each request of the Hub's client a time limit and a bounded number of tries, until the end of the block.
 
     The client is one per process, so pushes and loads that run at once in several threads share the limits; the last
     one takes them back.

@@ -75,8 +75,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def portable_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Weights as safetensors wants them: on the CPU, contiguous, each with memory of its own, under the model's plain
-    keys.
+    """Weights as safetensors wants them: on the CPU, contiguous, in memory of their own, under the model's plain keys.
 
     Args:
         model: A model in any memory layout, with compiled parts or not.

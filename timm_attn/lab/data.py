@@ -169,6 +169,7 @@ class Data:
 
     @property
     def in_chans(self) -> int:
+        """Channels of an image: 1 for grey ones, else 3."""
         return 1 if self.train.mode == 'L' else 3
 
     def reduced(self, train: int, val: int) -> 'Data':

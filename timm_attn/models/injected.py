@@ -1,9 +1,9 @@
-"""`injected`: any model of timm with any attention, by name, so that whatever builds models by name takes it.
+r"""`injected`: any model of timm with any attention, by name, so that whatever builds models by name takes it.
 
 timm's scripts, segmentation_models_pytorch's `tu-` encoders and model folders build a model from an architecture and
 plain keywords. Here base, attention and place are the keywords:
 
-    timm.create_model('injected', base='convnext_tiny.fb_in1k', attn='cbam', at=r'stages\\.\\d+', pretrained=True)
+    timm.create_model('injected', base='convnext_tiny.fb_in1k', attn='cbam', at=r'stages\.\d+', pretrained=True)
 """
 
 import difflib

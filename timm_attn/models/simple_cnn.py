@@ -110,17 +110,21 @@ class SimpleCNN(nn.Module):
 
     @torch.jit.ignore()
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers from the stem on, for learning rates by layer."""
         return dict(stem=r'^blocks\.0', blocks=r'^blocks\.(\d+)')
 
     @torch.jit.ignore()
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in backward, which takes less memory and more time."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore()
     def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a fresh one, or by none for `num_classes=0`."""
         self.num_classes = num_classes
         # A head without classifier has no parameter left to tell device and type.
         weight = next(self.blocks.parameters())
@@ -166,6 +170,7 @@ class SimpleCNN(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
+        """Drop what comes after the last level asked for, and return the levels that were."""
         take, last = feature_take_indices(len(self.feature_info), indices)
         self.blocks = self._until(last)
         if prune_head:
@@ -173,6 +178,7 @@ class SimpleCNN(nn.Module):
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
+        """Images (N, in_chans, H, W) to the last features (N, C, h, w)."""
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(block, x)
@@ -181,9 +187,11 @@ class SimpleCNN(nn.Module):
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features (N, C, h, w) to logits (N, num_classes), or to pooled features (N, C) with `pre_logits`."""
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images (N, in_chans, H, W) to logits (N, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
 
