@@ -82,6 +82,13 @@ def test_one_place_says_where_the_project_lives():
     assert f'git+{PROJECT}`' in (ROOT / 'README.md').read_text(encoding='utf-8')
 
 
+def test_the_site_shows_every_page_once():
+    site = yaml.safe_load((ROOT / 'mkdocs.yml').read_text(encoding='utf-8'))
+    shown = [page for section in site['nav'] for pages in section.values() for page in pages]
+    pages = {p.relative_to(ROOT / 'docs').as_posix() for p in (ROOT / 'docs').rglob('*.md')}
+    assert sorted(shown) == sorted(pages | {'CONTRIBUTING.md', 'CHANGELOG.md'})
+
+
 @pytest.mark.parametrize(
     ('origin', 'expected'),
     [
