@@ -100,12 +100,14 @@ class BAM(Attention):
                 nn.init.zeros_(m.bias)
 
     def channel_branch(self, x: Tensor) -> Tensor:
+        """What the channels add to the joint gate, before the sigmoid: (N, C, 1, 1)."""
         # BatchNorms of maps of one pixel: timm freezes, splits and synchronises those of maps.
         z = self.bn1(self.fc1(mean(x, [2, 3]))[:, :, None, None]).relu()  # (N, C // r, 1, 1)
         z = self.fc2(z.flatten(1))[:, :, None, None]  # (N, C, 1, 1)
         return self.bn_channel(z) if self.add else z
 
     def spatial_branch(self, x: Tensor) -> Tensor:
+        """What the pixels add to the joint gate, before the sigmoid: (N, 1, H, W)."""
         u = self.bn_reduce(self.conv_reduce(x)).relu()  # (N, C // r, H, W)
         u = self.bn_dil1(self.conv_dil1(u)).relu()
         u = self.bn_dil2(self.conv_dil2(u)).relu()

@@ -102,25 +102,31 @@ class CBAM(Attention):
             nn.init.zeros_(self.bn.bias)
 
     def gate_of(self, mean: Tensor, peak: Tensor) -> Tensor:  # (N, C) both
+        """The gate of channels, from their means and maxima."""
         z = self.fc2(self.fc1(torch.stack([mean, peak])).relu()).sum(0)  # one pass through the MLP for both
         return z.sigmoid()[:, :, None, None]  # (N, C, 1, 1)
 
     def channel_gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The input and its gate of channels (N, C, 1, 1)."""
         x, mean, peak = pooled(x, [2, 3])
         return x, self.gate_of(mean, peak)  # (N, C, 1, 1)
 
     def gate_of_pixels(self, pooled: Tensor) -> Tensor:  # (N, 2, H, W)
+        """The gate of pixels, from the maxima and means over channels."""
         return self.bn(self.conv(pooled)).sigmoid()  # (N, 1, H, W)
 
     def gate_form(self) -> GateForm | None:
+        """What the gates follow from, for fused blocks; None in another order than the paper's."""
         if self.order != ORDERS[0]:
             return None
         return GateForm(('mean', 'peak') if self.channel else (), (1,) if self.spatial else ())
 
     def gates_of_pools(self, pools: list[Tensor]) -> list[Tensor]:
+        """The gates of planes, from what `gate_form` says is pooled."""
         return [self.gate_of_pixels(pools[0])]
 
     def spatial_gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The input and its gate of pixels (N, 1, H, W)."""
         x, mean, peak = pooled(x, [1], keepdim=True)
         return x, self.gate_of_pixels(torch.cat([peak, mean], dim=1))  # (N, 1, H, W)
 

@@ -76,6 +76,7 @@ class CoordAttention(Attention):
                 nn.init.zeros_(conv.bias)
 
     def row_and_column_gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The gates of rows (N, C, H, 1) and of columns (N, C, 1, W)."""
         h, w = x.shape[2], x.shape[3]
         strip = torch.cat([mean(x, [3]), mean(x, [2])], dim=2).unsqueeze(3)  # (N, C, H + W, 1)
         u = F.hardswish(self.bn1(self.conv1(strip)))  # (N, hidden, H + W, 1)

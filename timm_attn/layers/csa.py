@@ -72,14 +72,17 @@ class ChannelSelfAttention(Attention):
         nn.init.zeros_(self.gamma)
 
     def qkv_tokens(self, x: Tensor) -> Tensor:
+        """Queries, keys and values, whose tokens are channels: (N, 3, heads, c, M)."""
         return self.qkv(x).flatten(2).unflatten(1, (3, self.num_heads, -1))  # (N, 3, heads, c, M)
 
     def matrix(self, qkv: Tensor) -> Tensor:
+        """How much of each channel each channel takes: (N, heads, c, c)."""
         q, k = F.normalize(upcast(qkv[:, 0]), dim=-1), F.normalize(upcast(qkv[:, 1]), dim=-1)
         energy = matmul_upcast(q, k.transpose(-2, -1)) * upcast(self.temperature)
         return energy.softmax(-1)  # (N, heads, c, c)
 
     def branch(self, x: Tensor) -> Tensor:
+        """What self-attention adds to the input, before `gamma`: (N, C, H, W)."""
         qkv = self.qkv_tokens(x)
         y = matmul_upcast(self.matrix(qkv), qkv[:, 2]).to(qkv.dtype)  # (N, heads, c, M)
         y = y.flatten(1, 2).unflatten(2, (x.shape[2], x.shape[3]))  # (N, C * rd_ratio, H, W)

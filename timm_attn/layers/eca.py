@@ -67,10 +67,12 @@ class ECA(Attention):
         nn.init.zeros_(self.conv.weight)
 
     def gate_of(self, mean: Tensor) -> Tensor:  # (N, C)
+        """The gate of channels, from their means."""
         z = self.conv(mean.unsqueeze(1))  # (N, 1, C)
         return z.sigmoid().squeeze(1)[:, :, None, None]  # (N, C, 1, 1)
 
     def channel_gate(self, x: Tensor) -> Tensor:
+        """The gate of channels (N, C, 1, 1)."""
         return self.gate_of(mean(x, [2, 3]))  # (N, C, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:

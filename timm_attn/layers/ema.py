@@ -75,6 +75,7 @@ class EMA(Attention):
             nn.init.zeros_(self.conv3x3.bias)
 
     def group_gate(self, x: Tensor) -> Tensor:
+        """One gate of pixels for each group of channels: (N, g, 1, H, W)."""
         h, w = x.shape[2], x.shape[3]
         v = x.unflatten(1, (self.groups, -1)).flatten(0, 1)  # (N g, c, H, W)
         strip = torch.cat([mean(v, [3]), mean(v, [2])], dim=2).unsqueeze(3)  # (N g, c, H + W, 1)

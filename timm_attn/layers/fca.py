@@ -110,6 +110,7 @@ class FCA(Attention):
         nn.init.zeros_(self.fc2.weight)
 
     def spectrum(self, x: Tensor) -> Tensor:
+        """One frequency of the cosine transform for each channel: (N, C)."""
         q = upcast(x).unflatten(1, (16, -1))  # (N, 16, C / 16, H, W)
         rows = waves(self.rows, self.dct_size, x.shape[2], q)  # (16, H)
         columns = waves(self.columns, self.dct_size, x.shape[3], q)  # (16, W)
@@ -117,6 +118,7 @@ class FCA(Attention):
         return (q * basis).sum((3, 4)).flatten(1)  # (N, C)
 
     def channel_gate(self, x: Tensor) -> Tensor:
+        """The gate of channels (N, C, 1, 1)."""
         z = self.spectrum(x).to(x.dtype)
         return self.fc2(self.fc1(z).relu()).sigmoid()[:, :, None, None]  # (N, C, 1, 1)
 

@@ -113,10 +113,12 @@ class GAM(Attention):
             nn.init.zeros_(self.bn2.bias)
 
     def pixel_gate(self, x: Tensor) -> Tensor:
+        """The gate by channels, of each pixel on its own: (N, C, H, W)."""
         a = self.fc2(self.fc1(x.permute(0, 2, 3, 1)).relu()).permute(0, 3, 1, 2)  # (N, C, H, W)
         return a if self.channel_gate is None else a.sigmoid()
 
     def spatial_gate(self, x: Tensor) -> Tensor:
+        """The gate by neighbourhoods, of each channel: (N, C, H, W)."""
         if self.max_pool:
             x = F.max_pool2d(x, 3, stride=1, padding=1)
         u = self.bn1(self.conv1(x)).relu()  # (N, C // r, H, W)

@@ -45,6 +45,7 @@ class ContextMlp(nn.Module):
 
     @torch.jit.ignore()
     def init_zero(self) -> None:
+        """Zeroes the last layer, so that the context gives zeros."""
         nn.init.zeros_(self.fc2.weight)
         nn.init.zeros_(self.fc2.bias)
 
@@ -125,9 +126,11 @@ class GlobalContext(Attention):
                 mlp.init_zero()
 
     def weights(self, x: Tensor) -> Tensor:
+        """How much each pixel gives to the context: (N, 1, M), which sums to 1."""
         return upcast(self.conv_attn(x)).flatten(2).softmax(2)  # (N, 1, M)
 
     def context(self, x: Tensor) -> Tensor:
+        """What all pixels say together: (N, C)."""
         if self.attn_pool:
             return matmul_upcast(x.flatten(2), self.weights(x).transpose(1, 2)).squeeze(2).to(x.dtype)  # (N, C)
         return mean(x, [2, 3])  # (N, C)

@@ -72,6 +72,7 @@ class GCT(Attention):
         nn.init.zeros_(self.beta)
 
     def channel_gate(self, x: Tensor) -> Tensor:
+        """The gate of channels (N, C, 1, 1)."""
         u, alpha, gamma = upcast(x), upcast(self.alpha), upcast(self.gamma)
         if self.l1:
             e = alpha * u.abs().sum((2, 3), keepdim=True)  # (N, C, 1, 1)

@@ -81,12 +81,14 @@ class GSoP(Attention):
             nn.init.zeros_(self.conv_expand.bias)
 
     def covariance(self, x: Tensor) -> Tensor:
+        """Covariance of the reduced channels over pixels: (N, d, d)."""
         t = self.bn_reduce(self.conv_reduce(x.relu())).relu()  # (N, d, H', W')
         t = upcast(t).flatten(2)  # (N, d, M)
         t = t - mean(t, [2], keepdim=True)
         return matmul_upcast(t, t.transpose(1, 2)) / t.shape[2]  # (N, d, d)
 
     def channel_gate(self, s: Tensor) -> Tensor:
+        """The gate of channels (N, C, 1, 1), from their covariance."""
         v = self.bn_row(s.unsqueeze(3).to(self.bn_row.weight.dtype))  # (N, d, d, 1)
         # In float32, since an untrained bn_row lets a covariance through that overflows float16; TorchScript has no
         # autocast switch for any device.

@@ -82,6 +82,7 @@ class NonLocal(Attention):
         nn.init.zeros_(self.bn.bias)
 
     def matrix(self, x: Tensor) -> Tensor:
+        """How much of each pixel each pixel takes: (N, M queries, M keys)."""
         theta, phi = self.theta(x).flatten(2), self.phi(x).flatten(2)  # (N, h, M)
         return (matmul_upcast(theta.transpose(1, 2), phi) * self.scale).softmax(2)  # (N, M queries, M keys)
 

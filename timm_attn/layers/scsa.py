@@ -141,15 +141,18 @@ class SCSA(Attention):
         nn.init.zeros_(self.v.weight)
 
     def neighbours(self, strip: Tensor) -> Tensor:  # (N, C, L)
+        """A strip convolved over its length, with a kernel of its own for each quarter of the channels."""
         a, b, c, d = strip.chunk(4, 1)
         return torch.cat([self.conv3(a), self.conv5(b), self.conv7(c), self.conv9(d)], 1)
 
     def row_and_column_gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The gates of rows (N, C, H) and of columns (N, C, W)."""
         a_h = self.norm_h(self.neighbours(mean(x, [3]))).sigmoid()  # (N, C, H)
         a_w = self.norm_w(self.neighbours(mean(x, [2]))).sigmoid()  # (N, C, W)
         return a_h.to(x.dtype), a_w.to(x.dtype)
 
     def matrix_and_channel_gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """How much of each channel each takes (N, heads, d, d), and the gate of channels."""
         y, counts = _cells(upcast(x), self.window_size)
         y = self.norm(y, counts).to(self.q.weight.dtype)  # (N, C, rows, columns), 0 where none counts
         heads = (self.num_heads, -1)

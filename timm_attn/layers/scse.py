@@ -75,9 +75,11 @@ class SCSE(Attention):
                 nn.init.zeros_(layer.bias)
 
     def channel_gate(self, x: Tensor) -> Tensor:
+        """The gate of channels (N, C, 1, 1)."""
         return self.fc2(self.fc1(mean(x, [2, 3])).relu()).sigmoid()[:, :, None, None]  # (N, C, 1, 1)
 
     def spatial_gate(self, x: Tensor) -> Tensor:
+        """The gate of pixels (N, 1, H, W)."""
         return self.conv(x).sigmoid()  # (N, 1, H, W)
 
     def forward(self, x: Tensor) -> Tensor:

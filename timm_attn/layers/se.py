@@ -70,9 +70,11 @@ class SqueezeExcite(Attention):
             nn.init.zeros_(self.fc2.bias)
 
     def gate_of(self, mean: Tensor) -> Tensor:  # (N, C)
+        """The gate of channels, from their means."""
         return self.fc2(self.fc1(mean[:, :, None, None]).relu()).sigmoid()  # (N, C, 1, 1)
 
     def channel_gate(self, x: Tensor) -> Tensor:
+        """The gate of channels (N, C, 1, 1)."""
         return self.gate_of(mean(x, [2, 3]))  # (N, C, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:

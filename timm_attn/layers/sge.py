@@ -71,6 +71,7 @@ class SGE(Attention):
         nn.init.zeros_(self.bias)
 
     def group_gate(self, x: Tensor) -> Tensor:
+        """One gate of pixels for each group of channels: (N, g, 1, H, W)."""
         m = x.shape[2] * x.shape[3]
         v = upcast(x).unflatten(1, (self.groups, -1))  # (N, g, c, H, W)
         q = (v * mean(v, [3, 4], keepdim=True)).sum(2)  # (N, g, H, W)

@@ -70,6 +70,7 @@ class SimAM(Attention):
         )
 
     def pixel_gate(self, x: Tensor) -> Tensor:
+        """The gate of each value, by its distance to the mean of its channel: (N, C, H, W)."""
         m = x.shape[2] * x.shape[3]
         u = upcast(x)
         d = (u - mean(u, [2, 3], keepdim=True)).square()  # (N, C, H, W)

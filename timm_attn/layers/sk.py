@@ -101,9 +101,11 @@ class SelectiveKernel(Attention):
         nn.init.zeros_(self.fc2.weight)
 
     def branches(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the two convolutions give: (N, D, H, W) both."""
         return self.bn1(self.conv1(x)).relu(), self.bn2(self.conv2(x)).relu()  # (N, D, H, W) both
 
     def choice(self, u: Tensor) -> Tensor:
+        """How much each output channel takes of either branch: (N, 2, D, 1, 1), which sum to 1."""
         z = mean(u, [2, 3])[:, :, None, None]  # (N, D, 1, 1)
         z = self.bn(self.fc1(z)).relu()  # (N, d, 1, 1)
         return self.fc2(z).unflatten(1, (2, -1)).softmax(1)  # (N, 2, D, 1, 1)

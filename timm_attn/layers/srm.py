@@ -65,10 +65,12 @@ class SRM(Attention):
         nn.init.zeros_(self.bn.bias)
 
     def gate_of(self, mean: Tensor, var: Tensor) -> Tensor:  # (N, C) both
+        """The gate of channels, from their means and variances."""
         z = mean * self.cfc[:, 0] + (var + 1e-5).sqrt() * self.cfc[:, 1]  # (N, C)
         return self.bn(z[:, :, None, None].to(self.cfc.dtype)).sigmoid()  # (N, C, 1, 1)
 
     def channel_gate(self, x: Tensor) -> Tensor:
+        """The gate of channels (N, C, 1, 1)."""
         m = x.shape[2] * x.shape[3]
         u = upcast(x)
         centre = mean(u, [2, 3], keepdim=True)  # (N, C, 1, 1)

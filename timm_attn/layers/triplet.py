@@ -110,6 +110,7 @@ class TripletAttention(Attention):
                 nn.init.zeros_(gate.bn.bias)
 
     def pooled(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The input, and its maxima and means along each axis: (N, 2, C, W), (N, 2, H, C) and (N, 2, H, W)."""
         x, mean, peak = pooled(x, [2])
         planes = [torch.stack([peak, mean], dim=1)]  # (N, 2, C, W)
         x, mean, peak = pooled(x, [3])
@@ -120,9 +121,11 @@ class TripletAttention(Attention):
         return x, planes
 
     def gate_form(self) -> GateForm:
+        """What the gates follow from, for fused blocks."""
         return GateForm(dims=(2, 3, 1) if self.spatial else (2, 3))
 
     def gates_of_pools(self, pools: list[Tensor]) -> list[Tensor]:
+        """The gates of planes, from what `gate_form` says is pooled."""
         # (N, C, 2, W) and (N, C, H, 2), as the planes (N, 2, C, W) and (N, 2, H, C)
         return self.gates_of([pools[0].transpose(1, 2), pools[1].transpose(1, 3), *pools[2:]])
 
