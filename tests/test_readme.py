@@ -76,9 +76,11 @@ def test_one_place_says_where_the_project_lives():
     )
     assert site['repo_url'] == cite['repository-code'] == urls['Repository'] == PROJECT
     assert site['site_url'] == urls['Homepage'] and urls['Changelog'] == f'{PROJECT}/blob/main/CHANGELOG.md'
-    for page in [*PAGES, *(ROOT / 'model_cards').glob('*.md')]:
+    for page in [*PAGES, *(ROOT / 'docs').glob('*.ipynb'), *(ROOT / 'model_cards').glob('*.md')]:
         for url in re.findall(r'git(?: clone |\+)(https://\S+?/timm_attn)\b', page.read_text(encoding='utf-8')):
             assert url == PROJECT, f'{page.name} installs from {url}'
+        by_name = re.findall(r"pip install '?timm_attn(?!\[\w+\] @ git)", page.read_text(encoding='utf-8'))
+        assert not by_name, f'{page.name} installs from an index, which does not have the package: name the repository'
     assert f'git+{PROJECT}`' in (ROOT / 'README.md').read_text(encoding='utf-8')
 
 
