@@ -397,6 +397,72 @@ def hosts_table() -> str:
     return markdown_table((*head, 'weights bit-equal to one host with two processes'), rows)
 
 
+@functools.cache
+def _production() -> dict[str, Any]:
+    return json.loads((RESULTS / 'production.json').read_text(encoding='utf-8'))
+
+
+def formats_table() -> str:
+    """Each format over all trained models: what it costs at worst, its size and its time."""
+    report = _production()
+    models = [m['formats'] for m in report['models'].values()]
+    rows = []
+    for name in dict.fromkeys(f for m in models for f in m):
+        cells = [(m['eager'], m[name]) for m in models if 'top1' in m.get(name, {})]
+        failed = [m for m in models if 'error' in m.get(name, {})]
+        changes = [c['top1'] - eager['top1'] for eager, c in cells]
+        ratios = [c['ratio'] for _, c in cells]
+        rows.append(
+            (
+                name,
+                f'{len(cells)}' + (f', {len(failed)} fail' if failed else ''),
+                f'{min(changes):+.2f} to {max(changes):+.2f}',
+                str(max(c['other_labels'] for _, c in cells)),
+                f'{100 * max(c["logit_change"] for _, c in cells):.2g} %',
+                f'{100 * max(c["bytes"] / eager["bytes"] for eager, c in cells):.0f} %',
+                f'{min(ratios):.2f} to {max(ratios):.2f}',
+            )
+        )
+    head = (
+        'format',
+        'models',
+        'accuracy, points',
+        f'other labels of {report["test_images"]}, at most',
+        'logits, at most',
+    )
+    return markdown_table((*head, 'bytes, at most', 'time / eager'), rows)
+
+
+def quantising_table() -> str:
+    """What int8 costs the model of each attention."""
+    kinds = ('onnx int8 dynamic', 'onnx int8 static', 'onnx int8 static, attention float32')
+
+    def cell(of: dict[str, Any]) -> str:
+        if 'top1' not in of:
+            return of.get('error', '-').partition(':')[0]
+        return f'{of["top1"]:.2f}, {of["other_labels"]}, {100 * of["logit_change"]:.1f} %, {of["ratio"]:.2f}'
+
+    rows = [
+        (
+            label,
+            f'{m["formats"]["eager"]["top1"]:.2f}',
+            *(cell(m['formats'].get(kind, {})) for kind in kinds),
+            'works' if m['symbolic_shape_inference'] == 'works' else 'fails',
+        )
+        for label, m in _production()['models'].items()
+    ]
+    head = ('attention', 'float32 %', *(f'{k.removeprefix("onnx ")}: %, other labels, logits, time' for k in kinds))
+    return markdown_table((*head, '`quant_pre_process` by default'), rows)
+
+
+def sides_table() -> str:
+    """The smallest image that each program takes."""
+    models = _production()['models']
+    ways = list(next(iter(models.values()))['smallest_side'])
+    rows = [(label, *(str(m['smallest_side'].get(w) or '-') for w in ways)) for label, m in models.items()]
+    return markdown_table(('attention', *ways), rows)
+
+
 Table = Callable[[], str]
 
 
@@ -450,6 +516,7 @@ PAGES: dict[Path, dict[str, Table]] = {
     },
     ROOT / 'docs/fidelity.md': {'parity': parity_table},
     ROOT / 'docs/many-machines.md': {'hosts': hosts_table, 'machines': machines_table},
+    ROOT / 'docs/production.md': {'formats': formats_table, 'quantising': quantising_table, 'sides': sides_table},
     ROOT / 'docs/compare.md': {'order': functools.partial(accuracy_text, 'cbam-order')},
     ROOT / 'docs/pretrained.md': {'starts': starts_text},
     ROOT / 'docs/choose.md': {'needs': needs_table, 'costs': costs_table, 'accuracy': accuracy_text},
