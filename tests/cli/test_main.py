@@ -1,6 +1,8 @@
 """The command line as its user meets it: help, lists, exit codes, errors in one line."""
 
 import re
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -40,7 +42,58 @@ def test_list_shows_every_attention_and_every_model(capsys: pytest.CaptureFixtur
     assert len(models) == 70
     assert [m for m in models if f'| `{m}` |' not in out] == []
     # Parameters and MACs as attention.md 1.4 has them for CBAM-50: 28,089,624 and 4,095,573,110.
-    assert '| `cbam_resnet50` | 28,089,624 | 4.096 |' in out
+    assert '| `cbam_resnet50` | 28,089,624 | 4.096 | 112.6 | pcv_in1k |' in out
+
+
+@pytest.mark.parametrize(('columns', 'last'), [(40, 'parameters'), (80, 'weights'), (300, 'paper')])
+def test_list_fits_a_terminal(
+    columns: int, last: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv('COLUMNS', str(columns))
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
+    assert main(['list', '*_resnet50']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[-1] == last
+    assert max(len(line) for line in lines if not line.startswith('(')) <= columns
+    row = next(line for line in lines if line.startswith('se_resnet50 '))
+    # The SE-ResNet-50 of the paper's Table 1: 28,088,024 parameters in timm's and torchvision's form.
+    assert '28,088,024' in row
+    assert ('a1_in1k' in row) == (columns >= 80)
+    assert main(['list', '--markdown', 'se_resnet50']) == 0
+    assert capsys.readouterr().out.startswith('| model | parameters |')
+
+
+def test_version(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as end:
+        main(['--version'])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f'timm_attn {timm_attn.__version__}\n'
+
+
+@pytest.mark.parametrize(
+    ('argv', 'meant'),
+    [
+        (['lst'], "Did you mean 'list'?"),
+        (['list', '--markdwon'], "Did you mean '--markdown'?"),
+        (['compare', '--preset', 'diigts', '--out', 'x'], "Did you mean 'digits'?"),
+        (['bench', 'cbam_resnet5'], "Did you mean 'cbam_resnet50'"),
+        (['explain', '--model', 'cbma_resnet50', '--out', 'x', 'y.png'], "Did you mean 'cbam_resnet50'"),
+        (['recipe', 'cbm_in1k'], "Did you mean 'cbam_in1k'"),
+        (['compare', '--models', 'cbma_resnet18', '--data', 'digits', '--out', 'x'], "'cbam_resnet18'"),
+        (['compare', '--models', 'resnet18', '--data', 'digts', '--out', 'x'], 'digits'),
+    ],
+)
+def test_a_typo_gets_the_nearest_names(
+    argv: list[str], meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(argv)
+    except SystemExit as end:
+        code = end.code
+    assert code in (1, 2)
+    assert meant in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failure_is_one_line_on_stderr_and_exit_code_1(capsys: pytest.CaptureFixture[str]):

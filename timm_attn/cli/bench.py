@@ -11,6 +11,7 @@ import torch
 
 from ..bench import COMPILED, DTYPES, MODES, advice, autocast, entrants, rounds_of, summary, table
 from ..files import atomic_write
+from ..layers import did_you_mean
 from ..measure import environment, kept_bytes
 
 
@@ -41,7 +42,8 @@ def run(args: argparse.Namespace) -> None:
     """The command `bench`."""
     unknown = [name for name in [args.baseline, *args.models] if not timm.is_model(name)]
     if unknown:
-        raise ValueError(f"Unknown models {unknown}. 'timm-attn list' shows those of timm_attn.")
+        meant = did_you_mean(unknown[0], timm.list_models())
+        raise ValueError(f"Unknown models {unknown}.{meant} 'timm-attn list' shows those of timm_attn.")
     if args.rounds < 1 or args.batch < 1 or args.size < 32 or args.threads < 1:
         raise ValueError('--rounds, --batch and --threads must be at least 1, and --size at least 32.')
     threads = torch.get_num_threads()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..hub.load import open_model
+from ..layers import did_you_mean
 from .images import plain
 
 # Of long over short side. Resized so that the short side is the model's, a longer image would need gigabytes.
@@ -33,7 +34,8 @@ def load_model(source: str, *, pretrained: bool = True) -> nn.Module:
         return open_model(source).eval()
     if not timm.is_model(source):
         raise ValueError(
-            f"'{source}' is no folder, no Hub repository (owner/name) and no registered model: see timm-attn list."
+            f"'{source}' is no folder, no Hub repository (owner/name) and no registered model."
+            f'{did_you_mean(source, timm.list_models())} timm-attn list shows them.'
         )
     model = timm.create_model(source, pretrained=pretrained).eval()
     model.loaded_untrained = not pretrained  # pyright: ignore[reportArgumentType]

@@ -9,6 +9,7 @@ says what to do.
 import importlib
 import json
 import logging
+import socket
 import threading
 import time
 import traceback
@@ -19,7 +20,7 @@ from time import monotonic
 from typing import Any, TypeVar
 
 import huggingface_hub
-from huggingface_hub import HfApi, errors
+from huggingface_hub import HfApi, constants, errors
 from huggingface_hub.utils import _http as _hub_http
 
 from ..version import package_version
@@ -372,6 +373,15 @@ def _retry_after(response: Any) -> float | None:
     return float(value) if value.isdigit() else None
 
 
+def _nameless(e: BaseException | None) -> bool:
+    """Whether the host has no address: no network, or a wrong name; another try soon is no help."""
+    while e is not None:
+        if isinstance(e, socket.gaierror):
+            return True
+        e = e.__cause__ or e.__context__
+    return False
+
+
 def _explain(e: Exception, repo: str, detail: str) -> HubError | None:
     if isinstance(e, errors.GatedRepoError):
         return HubError(
@@ -405,6 +415,11 @@ def _explain(e: Exception, repo: str, detail: str) -> HubError | None:
         return HubError(f'The Hub answered with something that is no JSON ({detail}): {_AGAIN}.', transient=True)
     if isinstance(e, ValueError) and 'Invalid metadata in README.md' in detail:
         return HubError(f"The Hub refuses the card's metadata: {detail}", status=400)
+    if isinstance(e, _http.HTTPError) and _nameless(e):
+        return HubError(
+            f'No host of that name: {constants.ENDPOINT} cannot be looked up ({detail}). Connect to the network, '
+            'correct HF_ENDPOINT or HTTPS_PROXY, or use a folder that you have: timm_attn.load(FOLDER).'
+        )
     if isinstance(e, _http.TimeoutException):
         return HubError(f'The Hub did not answer within {SETTINGS.timeout:g} s: {_AGAIN}.', transient=True)
     if isinstance(e, _http.HTTPError):

@@ -13,6 +13,7 @@ from ._registry import AttnSpec as AttnSpec
 from ._registry import accepted_args as accepted_args
 from ._registry import check_attn_args as check_attn_args
 from ._registry import create_attn as create_attn
+from ._registry import did_you_mean as did_you_mean
 from ._registry import get_attn as get_attn
 from ._registry import is_registered as is_registered
 from ._registry import list_attn as list_attn

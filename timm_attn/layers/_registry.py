@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import entry_points, packages_distributions
 from typing import Any, TypeVar
@@ -109,6 +109,17 @@ def register_attn(
     return register
 
 
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The end of a message about a name that is not known: ` Did you mean 'cbam'?`, empty where nothing is near.
+
+    Args:
+        name: What was asked for.
+        known: What there is.
+    """
+    near = difflib.get_close_matches(str(name), list(known), 3)
+    return f' Did you mean {" or ".join(map(repr, near))}?' if near else ''
+
+
 def list_attn() -> list[str]:
     """Names of all attentions, sorted, with those of installed packages that have an entry point for it.
 
@@ -140,9 +151,8 @@ def get_attn(name: str) -> AttnSpec:
     if name not in _ATTENTIONS:
         if problems:
             raise ValueError(problems[0])
-        near = difflib.get_close_matches(str(name), list_attn(), 3)
-        hint = f' Did you mean {" or ".join(map(repr, near))}?' if near else ''
-        raise ValueError(f"Unknown attention '{name}'.{hint} Expected one of: {', '.join(list_attn())}.")
+        meant = did_you_mean(name, list_attn())
+        raise ValueError(f"Unknown attention '{name}'.{meant} Expected one of: {', '.join(list_attn())}.")
     return _ATTENTIONS[name]
 
 
@@ -189,7 +199,10 @@ def check_attn_args(name: str, attn_args: dict[str, Any]) -> None:
     accepted = accepted_args(name)
     unknown = [a for a in attn_args if a not in accepted]
     if unknown:
-        raise TypeError(f"'{name}' has no option {', '.join(map(repr, unknown))}. Accepted: {', '.join(accepted)}.")
+        meant = did_you_mean(unknown[0], accepted) if len(unknown) == 1 else ''
+        raise TypeError(
+            f"'{name}' has no option {', '.join(map(repr, unknown))}.{meant} Accepted: {', '.join(accepted)}."
+        )
 
 
 def create_attn(

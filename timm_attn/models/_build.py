@@ -11,6 +11,7 @@ from torch import nn
 
 from ..injection import exempt
 from ..weights import cfgs_of, checkpoint_filter_fn
+from ..weights.fetch import fetching
 from ..weights.read import read_checkpoint
 
 M = TypeVar('M', bound=nn.Module)
@@ -55,7 +56,9 @@ def build(cls: type[M], variant: str, pretrained: bool, defaults: dict[str, Any]
         args['pretrained_cfg_overlay'] = {**overlay, 'state_dict': read_checkpoint(overlay['file']).content}
     # The filter looks a download's checksum up where timm puts it.
     filter_fn = functools.partial(checkpoint_filter_fn, cache_dir=args.get('cache_dir'))
-    model: Any = build_model_with_cfg(cls, variant, pretrained, pretrained_filter_fn=filter_fn, **args)
+    source = (args.get('pretrained_cfg'), args.get('pretrained_cfg_overlay'), args.get('cache_dir'))
+    with fetching(variant, pretrained, *source):
+        model: Any = build_model_with_cfg(cls, variant, pretrained, pretrained_filter_fn=filter_fn, **args)
     if 'file' in overlay:
         model.pretrained_cfg.pop('state_dict', None)
     exempt(model)  # features_only takes the model apart, and the class's own method is lost

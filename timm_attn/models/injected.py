@@ -6,7 +6,6 @@ plain keywords. Here base, attention and place are the keywords:
     timm.create_model('injected', base='convnext_tiny.fb_in1k', attn='cbam', at=r'stages\.\d+', pretrained=True)
 """
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,8 @@ from timm.models._features import FeatureGetterNet, FeatureHookNet
 from torch import Tensor, nn
 
 from ..injection import base_of, inject, injections, uncalled
-from ..layers import attn_sites
+from ..layers import attn_sites, did_you_mean
+from ..weights.fetch import fetching
 from ._build import FINISHERS
 
 __all__ = ['injected_args']
@@ -82,9 +82,8 @@ def _check_base(base: Any) -> None:
     if not isinstance(base, str) or base.split('.')[0] == 'injected':
         raise ValueError(f"base (={base!r}) must be the name of a model of timm, such as 'resnet18'.")
     if ':' not in base and not timm.is_model(base):
-        near = difflib.get_close_matches(base.split('.')[0], timm.list_models(), 4, 0.5)
-        hint = f' Did you mean {", ".join(map(repr, near))}?' if near else ' See timm.list_models().'
-        raise ValueError(f'base (={base!r}) is no model of timm.{hint}')
+        meant = did_you_mean(base.split('.')[0], timm.list_models())
+        raise ValueError(f'base (={base!r}) is no model of timm.{meant} timm.list_models() has all.')
 
 
 def _check_fit(state_dict: dict[str, Tensor], model: Any, cfg: dict[str, Any]) -> dict[str, Tensor]:
@@ -199,13 +198,15 @@ def injected(
         own = resolve_pretrained_cfg('injected', pretrained_cfg=pretrained_cfg).to_dict()
         base_args.setdefault('num_classes', own['num_classes'])
         base_args.setdefault('in_chans', own['input_size'][0])
-    model: Any = timm.create_model(
-        base,
-        pretrained=pretrained and own is None,
-        pretrained_cfg_overlay=pretrained_cfg_overlay,
-        cache_dir=cache_dir,
-        **base_args,
-    )
+    load_base = pretrained and own is None
+    with fetching(base, load_base and ':' not in base, None, pretrained_cfg_overlay, cache_dir):
+        model: Any = timm.create_model(
+            base,
+            pretrained=load_base,
+            pretrained_cfg_overlay=pretrained_cfg_overlay,
+            cache_dir=cache_dir,
+            **base_args,
+        )
     for row in rows:
         name, options = row.pop('attn', 'cbam'), row.pop('attn_args', None) or {}
         if unknown := sorted(set(row) - set(_DEFAULTS)):

@@ -6,6 +6,8 @@ Every value in a file carries its source. `recipe_command('cbam_in1k')` gives th
 from pathlib import Path
 from typing import Any
 
+from ..layers import did_you_mean
+
 _FOLDER = Path(__file__).parent
 
 # The batch_size of the files is per process; together with this number it makes the batch of the source.
@@ -27,7 +29,8 @@ def recipe_path(name: str) -> Path:
         ValueError: There is no such recipe.
     """
     if name not in list_recipes():
-        raise ValueError(f"Unknown recipe '{name}'. Expected one of: {', '.join(list_recipes())}.")
+        meant = did_you_mean(name, list_recipes())
+        raise ValueError(f"Unknown recipe '{name}'.{meant} Expected one of: {', '.join(list_recipes())}.")
     return _FOLDER / f'{name}.yaml'
 
 

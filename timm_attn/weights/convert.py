@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers import Attention, gain_keys, get_attn, list_attn, read_gain
+from ..layers import Attention, did_you_mean, gain_keys, get_attn, list_attn, read_gain
 from .check import check_tensors, check_values
 from .sources import SOURCES, own
 from .sources.base import PLAIN, Shape, Source, Target
@@ -116,7 +116,8 @@ def _check_source(source: str | None, found: Source, attn: str, target: Target) 
     default = own.SOURCE.name if attn == OWN else found.name
     family, slash, net = source.partition('/') if source is not None else (default, '', '')
     if family not in list_sources():
-        raise ValueError(f"Unknown source '{source}'. Expected one of: {', '.join(list_sources())}.")
+        meant = did_you_mean(family, list_sources())
+        raise ValueError(f"Unknown source '{source}'.{meant} Expected one of: {', '.join(list_sources())}.")
     if family not in names:
         raise ValueError(f'source (={source!r}) does not fit: the keys are those of {" or ".join(sorted(names))}.')
     if slash and not found.nets:
@@ -351,7 +352,10 @@ def convert_checkpoint(
     if unasked:
         raise ValueError(f'convert builds no weights: leave out {", ".join(unasked)}.')
     if ':' in model_name or not timm.is_model(model_name):
-        raise ValueError(f"Unknown model '{model_name}'. Expected one such as 'cbam_resnet50': see timm-attn list.")
+        meant = did_you_mean(model_name, timm.list_models())
+        raise ValueError(
+            f"Unknown model '{model_name}'.{meant} Expected one such as 'cbam_resnet50': see timm-attn list."
+        )
     model = timm.create_model(model_name, device='meta', **model_args)
     if not hasattr(model, 'attn'):
         raise ValueError(f"'{model_name}' is timm's own model: convert for one of this package, see timm-attn list.")
