@@ -90,7 +90,7 @@ def models_rows(pattern: str = '') -> tuple[Row, list[Row]]:
         megabytes = sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1e6
         tags = [t.tag if t.status == 'trained' else 'warm start' for t in tags_of(name)]
         sizes = (f'{size["params"]:,}', f'{size["macs"] / 1e9:.3f}', f'{megabytes:.1f}')
-        rows.append((f'`{name}`', *sizes, ' '.join(tags) or '-', paper))
+        rows.append((f'`{name}`', *sizes, ', '.join(tags) or '-', paper))
     if not rows:
         raise ValueError(f"No model matches '{pattern}'. Without a pattern all are listed.")
     return ('model', 'parameters', 'GMACs', 'MB', 'weights', 'paper'), rows
