@@ -45,7 +45,7 @@ def test_list_shows_every_attention_and_every_model(capsys: pytest.CaptureFixtur
     assert '| `cbam_resnet50` | 28,089,624 | 4.096 | 112.6 | pcv_in1k, warm start |' in out
 
 
-@pytest.mark.parametrize(('columns', 'last'), [(36, 'parameters'), (110, 'weights'), (300, 'paper')])
+@pytest.mark.parametrize(('columns', 'last'), [(30, 'parameters'), (110, 'weights'), (300, 'paper')])
 def test_list_fits_a_terminal(
     columns: int, last: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

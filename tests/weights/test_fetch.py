@@ -35,7 +35,9 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
 @pytest.mark.parametrize('name', NAMES)
 def test_without_a_network_one_lookup_is_all(name: str, asked: list[str]) -> None:
-    with pytest.raises(ConnectionError, match=r"cannot be had from https?://.*pretrained_cfg_overlay=dict\(file='PATH'"):
+    with pytest.raises(
+        ConnectionError, match=r"cannot be had from https?://.*pretrained_cfg_overlay=dict\(file='PATH'"
+    ):
         timm.create_model(name, pretrained=True)
     assert len(asked) == 1
     timm.create_model(name, pretrained=False)

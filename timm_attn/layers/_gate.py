@@ -24,9 +24,13 @@ CHUNK = 2**18  # values of a map that are worked on at once, but at least one im
 
 
 def _differentiated(x: Tensor) -> bool:
-    """Whether backward will come, and nothing else: no tracing, no compiling, no derivatives but backward's."""
+    """Whether backward will come on a CPU, and nothing else: no tracing, no compiling, no other derivatives.
+
+    A GPU has no use for it: many small kernels take longer there than another pass over the map.
+    """
     return (
         torch.is_grad_enabled()
+        and x.device.type == 'cpu'
         and x.requires_grad
         and type(x) is Tensor
         and not torch.compiler.is_compiling()
@@ -205,7 +209,7 @@ def _mirrored(x: Tensor, weight: Tensor) -> Tensor:
 def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.jit.is_scripting():
         return F.conv2d(x, weight, bias)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.shape[2:] != (1, 1):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != 'cpu' or x.shape[2:] != (1, 1):
         return F.conv2d(x, weight, bias)
     return F.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None, None]
 
