@@ -253,18 +253,16 @@ def gated(x: Tensor, gates: list[Tensor], gain: float = 1.0) -> Tensor:
 class GateConv(nn.Conv2d):
     """nn.Conv2d, made for gates: of one pixel, or from two planes, a mean and a maximum, to one."""
 
-    __constants__ = (*nn.Conv2d.__constants__, 'mirrored', 'pointwise')
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        k = self.kernel_size[0]
-        keeps_size = k % 2 == 1 and self.kernel_size == (k, k) and self.padding == (k // 2, k // 2)
-        plain = (self.stride, self.dilation, self.groups, self.padding_mode) == ((1, 1), (1, 1), 1, 'zeros')
-        self.mirrored, self.pointwise = keeps_size and plain and k > 1, keeps_size and plain and k == 1
-
     def forward(self, input: Tensor) -> Tensor:
-        if self.pointwise:
-            return _pointwise(input, self.weight, self.bias)
-        if self.mirrored and self.bias is None:
-            return _mirrored(input, self.weight)
-        return self._conv_forward(input, self.weight, self.bias)
+        if torch.jit.is_scripting():
+            return self._conv_forward(input, self.weight, self.bias)
+        else:
+            # Asked at each call: whoever holds the module may have changed it.
+            k = self.kernel_size[0]
+            same_size = k % 2 == 1 and self.kernel_size == (k, k) and self.padding == (k // 2, k // 2)
+            plain = (self.stride, self.dilation, self.groups, self.padding_mode) == ((1, 1), (1, 1), 1, 'zeros')
+            if same_size and plain and k == 1:
+                return _pointwise(input, self.weight, self.bias)
+            if same_size and plain and self.bias is None:
+                return _mirrored(input, self.weight)
+            return self._conv_forward(input, self.weight, self.bias)
