@@ -20,6 +20,24 @@ F = TypeVar('F', bound=Callable[..., nn.Module])
 FINISHERS: dict[str, Callable[[nn.Module], nn.Module]] = {}
 
 
+class AdvisesConvert:
+    """Before a model's class: torch's error on foreign keys, as of `checkpoint_path=`, says what to do with them."""
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Loads as torch does.
+
+        Raises:
+            RuntimeError: The keys or shapes are others; the message names `timm-attn convert`.
+        """
+        try:
+            return super().load_state_dict(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        except RuntimeError as e:
+            raise RuntimeError(
+                f'{e}\nThe checkpoint of another implementation, or of a plain ResNet, is made loadable by `timm-attn '
+                'convert FILE --model NAME --out DIR`: see timm_attn.convert.'
+            ) from None
+
+
 def register_model(fn: F) -> F:
     """timm's, after the configs of the model's tags are in its module's `default_cfgs`, where timm looks for them.
 

@@ -15,7 +15,7 @@ from torch import nn
 from ..injection import inject
 from ..layers import attn_sites
 from ..weights import cfgs_of
-from ._build import build, register_model
+from ._build import AdvisesConvert, build, register_model
 
 __all__ = ['AttnResNet', 'cifar_stem_']
 
@@ -85,7 +85,7 @@ def check_classifier(model: ResNet) -> None:
         )
 
 
-class AttnResNet(ResNet):
+class AttnResNet(AdvisesConvert, ResNet):
     """timm's ResNet with attention.
 
     Args:

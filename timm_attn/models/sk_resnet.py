@@ -11,7 +11,7 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch import nn
 
 from ..layers import check_attn_args, create_attn
-from ._build import build, register_model
+from ._build import AdvisesConvert, build, register_model
 from .attn_resnet import check_classifier, cifar_stem_
 
 __all__ = ['SKBottleneck', 'SKResNet']
@@ -54,7 +54,7 @@ class SKBottleneck(Bottleneck):
         self.act2 = nn.Identity()
 
 
-class SKResNet(ResNet):
+class SKResNet(AdvisesConvert, ResNet):
     """timm's ResNet of selective-kernel bottlenecks.
 
     Args:
