@@ -178,7 +178,9 @@ def main() -> None:
     parser.add_argument('--mode', nargs='+', choices=MODES, help='cells of these alone')
     parser.add_argument('--dtype', nargs='+', choices=DTYPES, help='cells of these alone')
     parser.add_argument('--part', type=part, default=(1, 1), metavar='I/N', help='every Nth cell: N commands at once')
+    parser.add_argument('--at-once', type=int, default=1, help='how many such commands run, for the record')
     parser.add_argument('--threads', nargs='+', type=int, help='cells of so many threads alone')
+    parser.add_argument('--no-torch-compile', action='store_true', help='leave out its rows, and its minutes')
     parser.add_argument('--rounds', type=int, help='instead of the 3 or 5 of the plan')
     parser.add_argument('--out', type=Path, default=RESULTS / 'speed.json')
     parser.add_argument('--again', action='store_true', help='measure cells that the file has already')
@@ -197,6 +199,8 @@ def main() -> None:
         for cell in small:
             measure(replace(cell, batch=2, size=64), 1)
         return
+    if args.no_torch_compile:
+        chosen = [replace(c, compiled=()) for c in chosen if c.attn != BASELINE]
     chosen = chosen[args.part[0] - 1 :: args.part[1]]
     left = chosen if args.again else [c for c in chosen if c.key not in map(key_of, read(args.out))]
     if args.list:
@@ -213,7 +217,7 @@ def main() -> None:
         if time.monotonic() - start + cell.seconds > args.seconds:
             late += 1
             continue
-        new = measure(cell, args.rounds or cell.rounds) | {'at_once': args.part[1]}
+        new = measure(cell, args.rounds or cell.rounds) | {'at_once': max(args.at_once, args.part[1])}
         with LOCK.open('w') as lock:  # of the parts that run beside this one
             fcntl.flock(lock, fcntl.LOCK_EX)
             cells = [c for c in read(args.out) if key_of(c) != cell.key] + [new]
