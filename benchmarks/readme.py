@@ -463,6 +463,17 @@ def sides_table() -> str:
     return markdown_table(('attention', *ways), rows)
 
 
+def costs() -> str:
+    """What `timm-attn list` shows of the same: [eager, fused] beside the plain ResNet-50's, in JSON."""
+    kept = {r['model']: round(r['kept_bytes_ratio'], 3) for r in _read('memory.json')['rows']}
+    found = {}
+    for attn in list_attn():
+        ratios = _ratios()[attn, 'train']
+        times = [round(ratios[way], 3) for way in ('eager', 'fused')]
+        found[attn] = {'training': times, 'kept': [kept[attn], kept[f'{attn} fused']]}
+    return json.dumps({'where': 'batch 4, 224 px, float32, one CPU thread', 'attentions': found}, indent=1) + '\n'
+
+
 Table = Callable[[], str]
 
 
@@ -547,3 +558,4 @@ def render(text: str, tables: dict[str, Callable[[], str]]) -> str:
 if __name__ == '__main__':
     for path, tables in PAGES.items():
         path.write_text(render(path.read_text(encoding='utf-8'), tables), encoding='utf-8')
+    (ROOT / 'timm_attn/cli/costs.json').write_text(costs(), encoding='utf-8')

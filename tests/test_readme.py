@@ -40,6 +40,7 @@ def test_tables_of_the_pages_are_what_their_sources_say():
     for path, tables in generator.PAGES.items():
         page = path.read_text(encoding='utf-8')
         assert generator.render(page, tables) == page, f'{path.name}: run python benchmarks/readme.py'
+    assert (ROOT / 'timm_attn/cli/costs.json').read_text(encoding='utf-8') == generator.costs()
 
 
 def test_readme_installs_by_extras_that_exist():
