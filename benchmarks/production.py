@@ -72,7 +72,7 @@ def program_of(model: nn.Module, small: bool = False) -> torch.export.ExportedPr
     channels = next(model.parameters()).shape[1]
     dtype = next(model.parameters()).dtype
     free = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
-    with symbolic_config.patch(backed_size_oblivious=small):
+    with symbolic_config.patch(backed_size_oblivious=small):  # pyright: ignore[reportAttributeAccessIssue]
         return torch.export.export(model, (torch.randn(2, channels, 96, 80, dtype=dtype),), dynamic_shapes=(free,))
 
 

@@ -54,4 +54,4 @@ def _register(name: str, combination: dict[str, Any]) -> None:
 
 for _name, _combination in COMBINATIONS.items():
     _register(_name, _combination)
-__all__ = list(COMBINATIONS)
+__all__ = list(COMBINATIONS)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -62,10 +62,10 @@ def test_a_refused_connection_is_final(asked: list[str], monkeypatch: pytest.Mon
 
 
 def test_files_need_no_network(asked: list[str], tmp_path: Path) -> None:
-    plain = timm.create_model('resnet18')
+    plain: Any = timm.create_model('resnet18')
     save_file(plain.state_dict(), tmp_path / 'plain.safetensors')
     overlay = dict(file=str(tmp_path / 'plain.safetensors'))
-    model = timm.create_model('gam_resnet18', pretrained=True, pretrained_cfg_overlay=overlay)
+    model: Any = timm.create_model('gam_resnet18', pretrained=True, pretrained_cfg_overlay=overlay)
     assert torch.equal(model.fc.weight, plain.fc.weight)
     assert asked == []
 
@@ -73,7 +73,7 @@ def test_files_need_no_network(asked: list[str], tmp_path: Path) -> None:
 def test_a_copy_in_the_cache_needs_no_network(asked: list[str], tmp_path: Path) -> None:
     from timm_attn.weights.fetch import fetching
 
-    cfg = timm.get_pretrained_cfg('cbam_resnet50')
+    cfg: Any = timm.get_pretrained_cfg('cbam_resnet50')
     (tmp_path / 'checkpoints').mkdir()
     (tmp_path / 'checkpoints' / Path(cfg.url).name).touch()
     with fetching('cbam_resnet50', True):

@@ -63,7 +63,7 @@ def plain_table(header: Row, rows: Sequence[Row], width: int) -> str:
 
 def measured() -> dict[str, Any]:
     """What the attentions cost a ResNet-50, as benchmarks/readme.py put it into the package; empty where it did not."""
-    file = resources.files(__package__) / 'costs.json'
+    file = resources.files('timm_attn.cli') / 'costs.json'
     return json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
 
 
