@@ -134,6 +134,31 @@ def parity_table() -> str:
     return markdown_table(('golden data', *kinds), rows)
 
 
+def half_text() -> str:
+    """Error of half precision on each machine it was measured on; of float16 also where values grow too large."""
+    parts = []
+    for name in ('half_cpu.json', 'half_cuda.json'):
+        found = _read(name)
+        if found is None:
+            continue
+        cells = {(c['attn'], c['dtype'], c['way'], c['spread']): c['errors'] for c in found['cells']}
+        ways = [(dtype, way) for dtype in ('float16', 'bfloat16') for way in ('autocast', 'model')]
+        lines = []
+        for attn in dict.fromkeys(c['attn'] for c in found['cells']):
+            errors = [cells[attn, *way, 1] for way in ways]
+            shown = [f'{e["output"]:.0e} / {e["input gradient"]:.0e}' for e in errors]
+            large = [spread for spread in (30, 300) if any(
+                not math.isfinite(v) for way in ways[:2] for v in cells[attn, *way, spread].values()
+            )]
+            lines.append((f'`{attn}`', *shown, f'from a spread of {large[0]} on' if large else '-'))
+        where = found['environment']
+        parts.append(
+            f'{where["machine"]}, torch {where["torch"]}, {found["date"]}, `{found["command"]}`:\n\n'
+            + markdown_table(('attention', *(f'{d}, {w}' for d, w in ways), 'float16 overflows'), lines)
+        )
+    return '\n\n'.join(parts)
+
+
 def bytes_table() -> str:
     """Bytes kept for backward, eager and fused, with the ratio to the plain model's."""
     rows = {r['model']: r for r in _read('memory.json')['rows']}
@@ -325,12 +350,15 @@ def gpu_text() -> str:
     ]
     head = ('block of', 'mode', 'block', 'all, ms', 'convolutions, ms', 'bound, ms', 'passes / bound')
     where = found['environment']
-    return (
-        f'{where["machine"]}, torch {where["torch"]}, {found["date"]}: batch {found["batch"]}, {found["size"]} px, '
-        f'{found["dtype"]}, {found["layout"]}; made by `{found["command"]}`.\n\n'
-        + markdown_table(('attention', 'mode', *TIMES[:-1], 'peak, eager / fused', 'loses'), nets)
-        + '\n\n'
-        + markdown_table(head, blocks)
+    left_out = [f'Left out: {found["left_out"]}'] if 'left_out' in found else []
+    return '\n\n'.join(
+        [
+            f'{where["machine"]}, torch {where["torch"]}, {found["date"]}: batch {found["batch"]}, {found["size"]} px, '
+            f'{found["dtype"]}, {found["layout"]}; made by `{found["command"]}`.',
+            *left_out,
+            markdown_table(('attention', 'mode', *TIMES[:-1], 'peak, eager / fused', 'loses'), nets),
+            *([markdown_table(head, blocks)] if blocks else []),
+        ]
     )
 
 
@@ -525,7 +553,7 @@ PAGES: dict[Path, dict[str, Table]] = {
         'growth': growth_table,
         'gpu': gpu_text,
     },
-    ROOT / 'docs/fidelity.md': {'parity': parity_table},
+    ROOT / 'docs/fidelity.md': {'parity': parity_table, 'half': half_text},
     ROOT / 'docs/many-machines.md': {'hosts': hosts_table, 'machines': machines_table},
     ROOT / 'docs/production.md': {'formats': formats_table, 'quantising': quantising_table, 'sides': sides_table},
     ROOT / 'docs/compare.md': {'order': functools.partial(accuracy_text, 'cbam-order')},

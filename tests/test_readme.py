@@ -54,8 +54,9 @@ def test_links_lead_to_files_and_headings_that_exist(page: Path):
     for target in re.findall(r'\]\(([^)\s]+)\)', page.read_text(encoding='utf-8')):
         name, _, anchor = target.partition('#')
         if name.startswith(f'{PROJECT}/'):
-            assert name.startswith(f'{PROJECT}/blob/main/'), f'{page.name} links to {target}'
-            file = ROOT / name.removeprefix(f'{PROJECT}/blob/main/')
+            kind = 'raw' if name.endswith('.png') else 'blob'  # a picture's page is no picture
+            assert name.startswith(f'{PROJECT}/{kind}/main/'), f'{page.name} links to {target}'
+            file = ROOT / name.removeprefix(f'{PROJECT}/{kind}/main/')
         elif name.startswith(('http://', 'https://')):
             continue
         else:
