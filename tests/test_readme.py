@@ -19,6 +19,8 @@ from hub_server import HubServer
 from timm_attn.version import PROJECT, pip_source
 
 ROOT = Path(__file__).resolve().parents[1]
+# What a page says whose blocks need those before them.
+IN_ORDER = 'The blocks of this page follow each other'
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 
 
@@ -145,7 +147,15 @@ def test_every_python_block_runs(page: Path, tmp_path: Path):
     weights = tmp_path / 'resnet18.safetensors'
     safetensors.torch.save_file(timm.create_model('resnet18').state_dict(), weights)
     script = tmp_path / 'page.py'
-    script.write_text('\n\n'.join(python_blocks(page)), encoding='utf-8')
+    # Each block has names of its own, since a reader copies one; what a page writes or registers, later blocks find.
+    blocks = python_blocks(page)
+    if IN_ORDER in page.read_text(encoding='utf-8'):
+        blocks = ['\n\n'.join(blocks)]
+    files = [tmp_path / f'block{i}.py' for i, _ in enumerate(blocks)]
+    for file, text in zip(files, blocks, strict=True):
+        file.write_text(text, encoding='utf-8')
+    runs = '\n'.join(f"runpy.run_path({str(file)!r}, run_name='__main__')" for file in files)
+    script.write_text(f'import runpy\n\n{runs}\n', encoding='utf-8')
     with HubServer() as hub:
         hub.add_user('me', 'hf_readme')
         for tag in ('resnet18.a1_in1k', 'resnet18.tv_in1k'):
