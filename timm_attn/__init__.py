@@ -7,10 +7,10 @@ from . import models as models
 from .explain import attention_health as attention_health
 from .explain import attention_maps as attention_maps
 from .fusion import fuse as fuse
-from .hub import load as load
 from .hub import load_from_hub as load_from_hub
 from .hub import push_to_hub as push_to_hub
 from .hub import save as save
+from .hub.load import load as load
 from .injection import eject as eject
 from .injection import freeze_backbone as freeze_backbone
 from .injection import inject as inject

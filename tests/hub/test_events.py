@@ -566,6 +566,7 @@ def _swap(path: Path, how: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize('how', ['other weights', 'NaN', 'a pickle'])
 def test_swapped_after_the_check(how: str, hub_client: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     push_to_hub(make_model(), 'me/x')
+    saved = save(make_model(), tmp_path / 'model', card=False)  # which checks what it writes, too
     where: list[Path] = []
 
     def then_swap(*args: Any, **kwargs: Any) -> Any:
@@ -578,7 +579,7 @@ def test_swapped_after_the_check(how: str, hub_client: Any, monkeypatch: pytest.
     monkeypatch.setattr(folder, 'check_model', then_swap)
     assert same(load_from_hub('me/x'), make_model())
     assert not where[0].exists() or how != 'a pickle'
-    where[:] = [save(make_model(), tmp_path / 'model', card=False) / 'model.safetensors']
+    where[:] = [saved / 'model.safetensors']
     assert same(open_model(tmp_path / 'model'), make_model())
 
 

@@ -7,7 +7,6 @@ from .client import Settings as Settings
 from .folder import card_of_folder as card_of_folder
 from .folder import read_folder as read_folder
 from .folder import save as save
-from .load import load as load
 from .load import load_from_hub as load_from_hub
 from .load import open_model as open_model
 from .load import pull as pull
