@@ -161,7 +161,7 @@ def test_weights_of_another_attention_are_refused(name: str, model_name: str, me
 @pytest.mark.parametrize(
     ('source', 'message'),
     [
-        ('jonchan', r"Unknown source 'jonchan'. Expected one of: cadene, ecanet"),
+        ('jonchan', r"Unknown source 'jonchan'\. Did you mean 'jongchan'\? Expected one of: cadene, ecanet"),
         ('triplet', r"source \(='triplet'\) does not fit: the keys are those of insight or jongchan"),
         ('jongchan/cbam', r'A net is named for pytorchcv only'),
     ],
