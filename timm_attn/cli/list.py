@@ -68,16 +68,21 @@ def measured() -> dict[str, Any]:
 
 
 def attentions_rows() -> tuple[Row, list[Row]]:
-    """The attentions: name, training time and kept bytes beside a plain ResNet-50, place, class, options, ..."""
+    """The attentions: name, class, training time and kept bytes beside a plain ResNet-50, place, options, ..."""
     costs = measured().get('attentions', {})
     rows = []
     for name in list_attn():
         spec, cost = get_attn(name), costs.get(name, {})
         options = ', '.join(f'`{a}`' for a in accepted_args(name)) or 'none'
         time, kept = (' / '.join(f'{v:.2f}' for v in cost.get(k, ())) or '-' for k in ('training', 'kept'))
-        row = (f'`{name}`', time, kept, spec.place, spec.cls.__name__, f'{spec.paper}', spec.licence or '-', options)
-        rows.append(row)
-    return ('name', 'time', 'bytes', 'place', 'class', 'paper', 'licence of the code', 'options'), rows
+        paper = f'[{spec.year}]({spec.paper})'
+        rows.append((f'`{name}`', spec.cls.__name__, time, kept, spec.place, spec.licence or '-', options, paper))
+    return ('name', 'class', 'time', 'bytes', 'place', 'licence of the code', 'options', 'paper'), rows
+
+
+def attentions_table() -> str:
+    """`attentions_rows` as Markdown."""
+    return markdown_table(*attentions_rows())
 
 
 def models_rows(pattern: str = '') -> tuple[Row, list[Row]]:
