@@ -145,11 +145,13 @@ def half_text() -> str:
         ways = [(dtype, way) for dtype in ('float16', 'bfloat16') for way in ('autocast', 'model')]
         lines = []
         for attn in dict.fromkeys(c['attn'] for c in found['cells']):
-            errors = [cells[attn, *way, 1] for way in ways]
+            errors = [cells[(attn, *way, 1)] for way in ways]
             shown = [f'{e["output"]:.0e} / {e["input gradient"]:.0e}' for e in errors]
-            large = [spread for spread in (30, 300) if any(
-                not math.isfinite(v) for way in ways[:2] for v in cells[attn, *way, spread].values()
-            )]
+            large = [
+                spread
+                for spread in (30, 300)
+                if any(not math.isfinite(v) for way in ways[:2] for v in cells[(attn, *way, spread)].values())
+            ]
             lines.append((f'`{attn}`', *shown, f'from a spread of {large[0]} on' if large else '-'))
         where = found['environment']
         parts.append(
