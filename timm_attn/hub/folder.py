@@ -434,28 +434,45 @@ def open_folder(directory: str | os.PathLike[str]) -> ModelFiles:
         HubFileError: A file is missing, malformed, or does not fit the others.
     """
     folder = Path(directory)
-    config = b''
+    config, missed, vanished = b'', [''], 0
     while True:
         _finish(folder)
         lone = os.path.lexists(folder / ADAPTER) and not os.path.lexists(folder / WEIGHTS)
         kind = ADAPTER if lone else WEIGHTS
         if missing := [n for n in (CONFIG, kind) if not os.path.lexists(folder / n)]:
-            raise HubFileError(
-                f"'{folder}' has no {' and no '.join(missing)}: write it with timm_attn.save(model, directory)."
-            )
-        before, config = config, _read(folder, CONFIG, MAX_CONFIG_BYTES)
-        weights = _read(folder, kind)
+            # Another process's save may be under way: twice in a row, with a settled folder between, is no chance.
+            if missing == missed:
+                raise HubFileError(
+                    f"'{folder}' has no {' and no '.join(missing)}: write it with timm_attn.save(model, directory)."
+                )
+            missed = missing
+            continue
+        missed = ['']
         try:
-            model = check_model(config, weights, f"of '{folder}'", kind)
-            break
-        except HubFileError:
-            # Somebody may have replaced the model between the two reads: then there is another config.json now.
-            if before == config or _read(folder, CONFIG, MAX_CONFIG_BYTES) == config:
+            before, config = config, _read(folder, CONFIG, MAX_CONFIG_BYTES)
+            weights = _read(folder, kind)
+            try:
+                model = check_model(config, weights, f"of '{folder}'", kind)
+                break
+            except HubFileError:
+                # Somebody may have replaced the model between the two reads: then there is another config.json now.
+                if before == config or _read(folder, CONFIG, MAX_CONFIG_BYTES) == config:
+                    raise
+        except _Vanished:
+            vanished += 1
+            if vanished == _PATIENCE:
                 raise
     extras = [p.name for pattern in _EXTRAS for p in sorted(folder.glob(pattern))]
     for name in [CARD, *extras] if os.path.lexists(folder / CARD) else extras:
         model.files[name] = _read(folder, name, MAX_CARD_BYTES if name == CARD else _MAX_EXTRA_BYTES)
     return model
+
+
+class _Vanished(HubFileError):
+    """A file was there a moment ago: a save by another process is under way."""
+
+
+_PATIENCE = 100  # reads of a folder in whose midst a file vanished
 
 
 def _finish(folder: Path) -> None:
@@ -472,9 +489,7 @@ def _read(folder: Path, name: str, max_bytes: int | None = None) -> bytes:
     try:
         return read_within(folder, name, max_bytes)
     except FileNotFoundError:
-        raise HubFileError(
-            f"'{folder}' has no {name}: it was there a moment ago; run the same command again."
-        ) from None
+        raise _Vanished(f"'{folder}' has no {name}: it was there a moment ago; run the same command again.") from None
     except ValueError as e:
         raise HubFileError(str(e)) from e
 
