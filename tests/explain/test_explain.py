@@ -28,7 +28,7 @@ from timm_attn.explain.draw import (
 from timm_attn.explain.gates import attention_maps, gate_kinds, gates_only, stage_sites
 from timm_attn.explain.health import GateStats, attention_health
 from timm_attn.explain.model import label_names, load_model
-from timm_attn.explain.panels import gate_vector, short, telling_kind
+from timm_attn.explain.panels import gate_vector, percent, short, telling_kind
 from timm_attn.explain.pictures import explain_image
 from timm_attn.layers import Attention, Gate, attn_sites, get_attn
 
@@ -489,6 +489,12 @@ def clims(figure: Any) -> list[tuple[float, float]]:
 
 
 @needs_matplotlib
+def test_a_share_is_never_rounded_to_none_or_all() -> None:
+    shares = (0, 1e-9, 0.00049, 0.0005, 0.001, 0.125, 0.9994, 0.9996, 1 - 1e-9, 1)
+    told = ('0.0', '<0.1', '<0.1', '0.1', '0.1', '12.5', '99.9', '>99.9', '>99.9', '100.0')
+    assert [percent(share) for share in shares] == [f'{text} %' for text in told]
+
+
 def test_nearly_equal_gates_look_equal_and_all_panels_of_a_kind_share_a_scale() -> None:
     near, far = torch.linspace(0.4995, 0.5025, 16).view(1, 4, 4), torch.linspace(0.1, 0.9, 16).view(1, 4, 4)
 

@@ -206,12 +206,13 @@ def test_the_app_answers_with_labels_and_a_picture(address: str, saved: Path, tm
     client = gradio_client.Client(address, verbose=False, download_files=str(tmp_path / 'got'))
     try:
         for whole in (False, True):
-            labels, picture, beside, other = client.predict(
+            labels, bars, picture, beside, _, other = client.predict(
                 gradio_client.handle_file(str(image)), whole, api_name='/look'
             )
             assert {c['label'] for c in labels['confidences']} == {'<b>cat</b>', '$\\frac{1$', 'emu'}
             assert sum(c['confidence'] for c in labels['confidences']) == pytest.approx(1, abs=1e-3)
             assert len(beside['confidences']) == 5
+            assert '&lt;b&gt;cat&lt;/b&gt;' in bars and '<b>' not in bars
             for shown in (picture, other):
                 with Image.open(shown) as drawn:
                     assert min(drawn.size) > 300
@@ -245,10 +246,13 @@ def test_a_browser_shows_labels_and_picture_and_asks_no_other_host(address: str,
         page.click('#look')
         page.wait_for_selector('#attention img', timeout=60_000)
         page.wait_for_selector('#attention-beside img', timeout=60_000)
+        shares = re.findall(r'(\S+) %', page.locator('#labels-beside').inner_text())
         assert 'Untrained' in page.locator('#about-beside').inner_text()
         assert page.locator('#img button[aria-label="Capture from camera"]').count() == 1
         labels = page.locator('#labels').inner_text()
         browser.close()
+    # A thousand labels of random weights have about a thousandth each, which whole percents would call nothing.
+    assert len(shares) == 5 and all(0.1 <= float(share) < 5 for share in shares)
     assert all(label in labels for label in ('<b>cat</b>', '$\\frac{1$', 'emu'))
     assert hosts - {None, '127.0.0.1', 'localhost'} == set()
     assert errors == []

@@ -13,6 +13,7 @@ from .health import GateStats as GateStats
 from .health import attention_health as attention_health
 from .model import is_untrained as is_untrained
 from .model import load_model as load_model
+from .panels import percent as percent
 from .pictures import LabelledImage as LabelledImage
 from .pictures import explain as explain
 from .pictures import explain_image as explain_image

@@ -33,6 +33,7 @@ from .panels import (
     draw_map,
     draw_panel,
     form_of,
+    percent,
     scale_of,
     short,
     shown_values,
@@ -270,7 +271,7 @@ def _draw_top(axes: 'Axes', top: Sequence[tuple[str, float]]) -> None:
     for row, (label, probability) in enumerate(top):
         axes.barh(row, probability, color=BLUE, alpha=0.35)
         axes.text(0.01, row, short(label, 44), va='center', fontsize=10)
-        axes.text(0.99, row, f'{100 * probability:.1f} %', va='center', ha='right', fontsize=10)
+        axes.text(0.99, row, percent(probability), va='center', ha='right', fontsize=10)
     axes.set_ylim(max(len(top), 5) - 0.5, -0.5)
     axes.set_xlim(0, 1)
     axes.set_yticks([])

@@ -302,6 +302,19 @@ def range_text(values: Tensor) -> str:
     return f'{low:.4g} to {high:.4g}'
 
 
+def percent(share: float) -> str:
+    """A share in percent with one decimal; what would be rounded to none, or to all, says so: '<0.1 %', '>99.9 %'.
+
+    Args:
+        share: From 0 to 1.
+    """
+    if 0 < share < 0.0005:
+        return '<0.1 %'
+    if 0.9995 <= share < 1:
+        return '>99.9 %'
+    return f'{100 * share:.1f} %'
+
+
 def short(text: str, width: int) -> str:
     """Text from elsewhere made fit for a picture: one line of at most `width` characters, none of them markup.
 

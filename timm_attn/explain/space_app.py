@@ -4,6 +4,7 @@ import html
 import importlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import gradio as gr
 from PIL import Image
 
 from timm_attn import attn_sites
-from timm_attn.explain import draw_explanation, explain_image, figure_image, is_untrained, load_model
+from timm_attn.explain import draw_explanation, explain_image, figure_image, is_untrained, load_model, percent
 
 HERE = Path(__file__).parent
 SPACE: dict[str, Any] = json.loads((HERE / 'space.json').read_text(encoding='utf-8'))
@@ -25,13 +26,20 @@ MODELS = [
 ]
 
 
-def look(image: Image.Image | None, whole: bool) -> list[dict[str, float] | Image.Image]:
-    """Labels with their probabilities and the picture of the attentions, of each model, with one scale for all."""
+def bars(top: Sequence[tuple[str, float]]) -> str:
+    """Labels with their probabilities to a decimal: Gradio's own label rounds them to whole percents, mostly 0."""
+    line = '<div style="display: flex; justify-content: space-between; gap: 1em"><span>{}</span><span>{}</span></div>'
+    meter = '<meter style="width: 100%" value="{:.4f}"></meter>'
+    return ''.join((line + meter).format(html.escape(n), html.escape(percent(p)), p) for n, p in top)
+
+
+def look(image: Image.Image | None, whole: bool) -> list[Any]:
+    """Of each model: labels with their probabilities, the same to read, the picture of the attentions on one scale."""
     if image is None:
         raise gr.Error('Upload an image first.')
     names = [m['model'] for m in SPACE['models']]
     found = [explain_image(m, image, title=n, crop=not whole) for m, n in zip(MODELS, names, strict=True)]
-    return [shown for e in found for shown in (dict(e.top), figure_image(draw_explanation(e, beside=found)))]
+    return [s for e in found for s in (dict(e.top), bars(e.top), figure_image(draw_explanation(e, beside=found)))]
 
 
 def about(number: int) -> str:
@@ -54,7 +62,8 @@ with gr.Blocks(title=SPACE['title']) as demo:
         for i, end in zip(range(len(MODELS)), ('', '-beside'), strict=False):
             with gr.Column():
                 gr.Markdown(about(i), elem_id=f'about{end}')
-                outputs.append(gr.Label(num_top_classes=5, label='Labels', elem_id=f'labels{end}'))
+                outputs.append(gr.Label(num_top_classes=5, visible=False))  # for programs
+                outputs.append(gr.HTML(label='Labels', elem_id=f'labels{end}', container=True, show_label=True))
     with gr.Row():
         for i, end in zip(range(len(MODELS)), ('', '-beside'), strict=False):
             # Without its label, which would lie on the picture's title.
@@ -67,7 +76,7 @@ with gr.Blocks(title=SPACE['title']) as demo:
                 min_width=480,
                 elem_id=f'attention{end}',
             )
-            outputs.insert(2 * i + 1, picture)
+            outputs.insert(3 * i + 2, picture)
     gr.Markdown(
         'Bright is a large gate; all models share a scale. Gates show what the network passes on, not why it decided.'
     )
