@@ -16,6 +16,7 @@ import timm
 import yaml
 from hub_server import HubServer
 
+from timm_attn.optional import require
 from timm_attn.version import PROJECT, pip_source
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,6 +115,12 @@ def test_a_release_from_an_index_is_named_and_anything_else_is_the_repository(
         (info / 'direct_url.json').write_text(origin, encoding='utf-8')
     monkeypatch.setattr(sys, 'path', [str(tmp_path), *sys.path])
     assert pip_source() == expected
+    # What is missing is asked for by a command that installs this package, not another that has taken its name.
+    command = "'timm_attn[lab]'." if expected == 'timm_attn' else "'.[lab]' in a checkout of timm_attn."
+    with pytest.raises(
+        ImportError, match=re.escape(f'pip install nothing, or all of the extra by pip install {command}')
+    ):
+        require('no_such_module', 'lab', 'nothing')
 
 
 def test_a_package_that_is_not_installed_comes_from_the_repository(monkeypatch: pytest.MonkeyPatch):

@@ -3,6 +3,8 @@
 import importlib
 from types import ModuleType
 
+from .version import pip_source
+
 
 def require(package: str, extra: str, pip_name: str | None = None) -> ModuleType:
     """Imports an optional package.
@@ -19,4 +21,10 @@ def require(package: str, extra: str, pip_name: str | None = None) -> ModuleType
         return importlib.import_module(package)
     except ModuleNotFoundError as e:
         name = pip_name or package.split('.')[0]
-        raise ImportError(f"This needs '{name}', which is not installed: pip install 'timm_attn[{extra}]'") from e
+        # Before a release the name on an index is nobody's, or somebody else's.
+        every = f'timm_attn[{extra}]' if pip_source() == 'timm_attn' else f'.[{extra}]'
+        where = '' if pip_source() == 'timm_attn' else ' in a checkout of timm_attn'
+        raise ImportError(
+            f"This needs '{name}', which is not installed: pip install {name}, or all of the extra by pip install "
+            f"'{every}'{where}."
+        ) from e
