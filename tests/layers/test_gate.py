@@ -187,6 +187,33 @@ def test_convolution_is_torchs_in_autocast(
         torch.testing.assert_close(got, want)  # the type too
 
 
+@pytest.mark.parametrize(('rows', 'compiled'), [(1, False), (2, False), (1, True)])
+def test_bfloat16_gradients_of_few_rows_hold_nothing_that_was_left_in_memory(rows: int, compiled: bool) -> None:
+    """oneDNN leaves parts of the gradient of a 7x7 kernel for 128 channels uninitialised for maps of 1 or 2 rows."""
+    torch.manual_seed(0)
+    attn = create_attn('gam', 128, channel=False).eval()
+    torch.nn.init.uniform_(attn.get_submodule('bn2').weight, 0.5, 1)
+    x = torch.randn(2, 128, rows, 3)
+
+    def grads(module: torch.nn.Module, x: Tensor, autocast: bool) -> list[Tensor]:
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            y = module(x)
+        return [y, *torch.autograd.grad(y.double().square().sum(), list(attn.parameters()))]
+
+    attn.double()
+    want = grads(attn, x.double(), False)
+    attn.float()
+    left = [torch.full((128 * 8 * 49 * n,), 1e30) for n in (1, 2, 1, 2)]
+    del left
+    if compiled:
+        torch._dynamo.reset()
+    got = grads(torch.compile(attn, backend='aot_eager') if compiled else attn, x, True)
+    for g, w in zip(got, want, strict=True):
+        assert g.shape == w.shape and (g - w).abs().max() < 0.05 * w.abs().max()
+    # What no value of the map ever meets has no gradient.
+    assert not got[1][:, :, : 4 - rows].any() and not got[1][:, :, 3 + rows :].any()
+
+
 def test_training_keeps_the_map_once_and_not_its_gates() -> None:
     """Of a map that a network keeps anyway, triplet keeps nothing of its size beside."""
     x = numbers(4, 64, 16, 16, dtype=torch.float32)

@@ -214,6 +214,29 @@ def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x.flatten(1), weight.flatten(1), bias)[:, :, None, None]
 
 
+@torch.fx.wrap
+def _with_rows(x: Tensor, weight: Tensor) -> Tensor:
+    if torch.jit.is_scripting():
+        return x
+    if x.device.type != 'cpu' or torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return x
+    autocast = torch.is_autocast_enabled('cpu') and x.dtype != torch.float64
+    half = torch.get_autocast_dtype('cpu') if autocast else x.dtype
+    least = weight.shape[2] // 2
+    if half != torch.bfloat16 or not (torch.is_grad_enabled() and weight.requires_grad) or x.shape[2] >= least:
+        return x
+    return F.pad(x, (0, 0, 0, least - x.shape[2]))
+
+
+@torch.fx.wrap
+def _first_rows(x: Tensor, rows: int) -> Tensor:
+    if torch.jit.is_scripting():
+        return x
+    if torch.compiler.is_exporting() or torch.jit.is_tracing() or x.shape[2] == rows:
+        return x
+    return x[:, :, :rows]
+
+
 def mean(x: Tensor, dim: list[int], keepdim: bool = False) -> Tensor:
     """`x.mean(dim, keepdim)`.
 
@@ -248,6 +271,30 @@ def gated(x: Tensor, gates: list[Tensor], gain: float = 1.0) -> Tensor:
         gain: What each gate is multiplied by.
     """
     return _gated(x, gates, gain)
+
+
+def with_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """A map for a convolution that keeps its size, with rows of zeros below where torch would take a wrong gradient.
+
+    In bfloat16 on a CPU, oneDNN leaves parts of the weight's gradient uninitialised where the map has fewer rows than
+    half the kernel: they hold whatever was in memory, up to 1e38. Zeros are what the convolution sees there anyway;
+    `first_rows` takes off what it gives for them.
+
+    Args:
+        x: (N, C, H, W).
+        weight: The convolution's weight; its padding is half its kernel.
+    """
+    return _with_rows(x, weight)
+
+
+def first_rows(x: Tensor, rows: int) -> Tensor:
+    """`x[:, :, :rows]`.
+
+    Args:
+        x: (N, C, H, W).
+        rows: How many of its rows.
+    """
+    return _first_rows(x, rows)
 
 
 class GateConv(nn.Conv2d):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._base import Attention, Gate, check_choice, rd_ratio_of, reduced_channels
-from ._gate import gated
+from ._gate import first_rows, gated, with_rows
 from ._registry import register_attn
 
 
@@ -121,10 +121,13 @@ class GAM(Attention):
         """The gate by neighbourhoods, of each channel: (N, C, H, W)."""
         if self.max_pool:
             x = F.max_pool2d(x, 3, stride=1, padding=1)
-        u = self.bn1(self.conv1(x)).relu()  # (N, C // r, H, W)
+        rows = x.shape[2]
+        u = first_rows(self.conv1(with_rows(x, self.conv1.weight)), rows)
+        u = self.bn1(u).relu()  # (N, C // r, H, W)
         if self.shuffle == 'hidden':
             u = channel_shuffle(u, self.groups)
-        u = self.bn2(self.conv2(u)).sigmoid()  # (N, C, H, W)
+        u = first_rows(self.conv2(with_rows(u, self.conv2.weight)), rows)
+        u = self.bn2(u).sigmoid()  # (N, C, H, W)
         if self.shuffle == 'gate':
             u = channel_shuffle(u, self.groups)
         return u
