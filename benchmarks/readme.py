@@ -18,7 +18,7 @@ import torch
 
 from timm_attn import create_attn, get_attn, list_attn
 from timm_attn.bench import BASELINE, COMPILED, OURS, USUAL, fastest_peer, kinds, losses, unusual
-from timm_attn.cli.list import markdown_table, models_table
+from timm_attn.cli.list import list_our_models, markdown_table, models_table, size_of
 from timm_attn.lab.stats import judge
 from timm_attn.measure import count
 from timm_attn.weights import TAGS, weights_table
@@ -494,14 +494,19 @@ def sides_table() -> str:
 
 
 def costs() -> str:
-    """What `timm-attn list` shows of the same: [eager, fused] beside the plain ResNet-50's, in JSON."""
+    """What `timm-attn list` shows, in JSON.
+
+    Attentions: [eager, fused] beside the plain ResNet-50's. Models: their sizes, since to build all takes 20 seconds.
+    """
     kept = {r['model']: round(r['kept_bytes_ratio'], 3) for r in _read('memory.json')['rows']}
     found = {}
     for attn in list_attn():
         ratios = _ratios()[attn, 'train']
         times = [round(ratios[way], 3) for way in ('eager', 'fused')]
         found[attn] = {'training': times, 'kept': [kept[attn], kept[f'{attn} fused']]}
-    return json.dumps({'where': 'batch 4, 224 px, float32, one CPU thread', 'attentions': found}, indent=1) + '\n'
+    sizes = {name: size_of(name) for name in list_our_models()}
+    where = 'batch 4, 224 px, float32, one CPU thread'
+    return json.dumps({'where': where, 'attentions': found, 'models': sizes}, indent=1) + '\n'
 
 
 Table = Callable[[], str]
@@ -586,6 +591,6 @@ def render(text: str, tables: dict[str, Callable[[], str]]) -> str:
 
 
 if __name__ == '__main__':
-    for path, tables in PAGES.items():
-        path.write_text(render(path.read_text(encoding='utf-8'), tables), encoding='utf-8')
     (ROOT / 'timm_attn/cli/costs.json').write_text(costs(), encoding='utf-8')
+    for path, tables in PAGES.items():  # The table of models reads the sizes.
+        path.write_text(render(path.read_text(encoding='utf-8'), tables), encoding='utf-8')

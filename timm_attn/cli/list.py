@@ -62,7 +62,10 @@ def plain_table(header: Row, rows: Sequence[Row], width: int) -> str:
 
 
 def measured() -> dict[str, Any]:
-    """What the attentions cost a ResNet-50, as benchmarks/readme.py put it into the package; empty where it did not."""
+    """What attentions cost a ResNet-50 and how large our models are, as benchmarks/readme.py wrote it down.
+
+    Empty where it did not.
+    """
     file = resources.files('timm_attn.cli') / 'costs.json'
     return json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
 
@@ -85,16 +88,22 @@ def attentions_table() -> str:
     return markdown_table(*attentions_rows())
 
 
+def size_of(name: str) -> dict[str, Any]:
+    """A model's attention, parameters, MACs and the bytes of its weights, by building it without memory."""
+    model: Any = timm.create_model(name, device='meta')
+    size = count(model, model.pretrained_cfg['input_size'])
+    weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    return {'attn': model.attn, 'params': size['params'], 'macs': size['macs'], 'bytes': weights}
+
+
 def models_rows(pattern: str = '') -> tuple[Row, list[Row]]:
     """The models: name, parameters, GMACs, size of the weights, tags (the first is pretrained=True's), paper."""
-    rows = []
+    rows, known = [], measured().get('models', {})
     for name in list_our_models(pattern):
-        model: Any = timm.create_model(name, device='meta')
-        size = count(model, model.pretrained_cfg['input_size'])
-        paper = get_attn(model.attn).paper if model.attn else '-'
-        megabytes = sum(t.numel() * t.element_size() for t in model.state_dict().values()) / 1e6
+        size = known.get(name) or size_of(name)
+        paper = get_attn(size['attn']).paper if size['attn'] else '-'
         tags = [t.tag if t.status == 'trained' else 'warm start' for t in tags_of(name)]
-        sizes = (f'{size["params"]:,}', f'{size["macs"] / 1e9:.3f}', f'{megabytes:.1f}')
+        sizes = (f'{size["params"]:,}', f'{size["macs"] / 1e9:.3f}', f'{size["bytes"] / 1e6:.1f}')
         rows.append((f'`{name}`', *sizes, ', '.join(tags) or '-', paper))
     if not rows:
         raise ValueError(f"No model matches '{pattern}'. Without a pattern all are listed.")
