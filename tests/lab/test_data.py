@@ -111,7 +111,7 @@ def test_damaged_cifar_binaries_are_refused(cifar_files: Path) -> None:
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="Unknown data 'mnist': expected one of digits, fashion-mnist, cifar10"):
+    with pytest.raises(ValueError, match="Unknown data 'mnist'. Expected one of digits, fashion-mnist, cifar10"):
         load_data('mnist')
 
 
@@ -346,7 +346,7 @@ def test_damaged_gzip_and_labels_beyond_ten_are_refused(fashion_files: Path) -> 
 
 
 def test_unknown_data_offers_the_near_name() -> None:
-    with pytest.raises(ValueError, match=r"'fashon-mnist' \(did you mean fashion-mnist\?\)"):
+    with pytest.raises(ValueError, match=r"'fashon-mnist'\. Did you mean 'fashion-mnist'\?"):
         load_data('fashon-mnist')
 
 

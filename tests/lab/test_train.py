@@ -167,7 +167,7 @@ def test_user_errors_say_what_to_do(
     with pytest.raises(ValueError, match=r'plain-seed0: the loss is (nan|inf) in epoch \d: lower --lr'):
         run(tiny_models[0], tiny_models[0], tiny_data, replace(tiny_settings, lr=1e30), 0, tmp_path)
     with pytest.raises(
-        ValueError, match=r"Unknown model 'resnet19' \(did you mean .*resnet18.*\): `timm-attn list` shows ours"
+        ValueError, match=r"Unknown model 'resnet19'\. Did you mean .*'resnet18'.*\? `timm-attn list` shows ours"
     ):
         train.build(Entry('x', 'resnet19'), tiny_data, tiny_settings)
     with pytest.raises(ValueError, match="'vgg11' is no ResNet, so it has no 3x3 stem to choose"):

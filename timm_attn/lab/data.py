@@ -4,7 +4,6 @@ Whatever the source, a `Data` holds two `Images` that timm's `create_loader` tak
 prefetching are timm's.
 """
 
-import difflib
 import gzip
 import hashlib
 import logging
@@ -23,6 +22,7 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_dataset
 
 from ..explain.images import check_image, class_of, endings, find_images, hidden, natural, open_image, skipped_line
+from ..layers import did_you_mean
 from ..optional import require
 
 _logger = logging.getLogger(__name__)
@@ -32,12 +32,6 @@ _DEBIAN = Path('/usr/share/datasets/fashion-mnist')  # Where the package dataset
 _FASHION = 'T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot'.split(',')
 _HELD = ('val', 'valid', 'validation', 'dev', 'test')
 _SPLITS = {'train': 'train', 'training': 'train', 'test': 'test', 'testing': 'test'} | dict.fromkeys(_HELD[:-1], 'val')
-
-
-def near(name: str, known: Sequence[str]) -> str:
-    """The names that may have been meant, in brackets; empty where there is none."""
-    found = difflib.get_close_matches(name, known)
-    return f' (did you mean {" or ".join(found)}?)' if found else ''
 
 
 def stream_seed(*of: object) -> int:
@@ -245,7 +239,7 @@ def load_data(
         )
         return data
     raise ValueError(
-        f"Unknown data '{name}'{near(str(name), DATA)}: expected one of {', '.join(DATA)}, or a folder that exists."
+        f"Unknown data '{name}'.{did_you_mean(name, DATA)} Expected one of {', '.join(DATA)}, or a folder that exists."
     )
 
 

@@ -32,9 +32,10 @@ from torch import Tensor, nn
 
 from ..files import atomic_write
 from ..hub.load import open_model
+from ..layers import did_you_mean
 from ..measure import clock, environment, kept_bytes
 from ..models import cifar_stem_
-from .data import Data, near, rng_state, set_rng_state, stream_seed
+from .data import Data, rng_state, set_rng_state, stream_seed
 
 Report = Callable[[str, dict[str, float]], None]  # Called after each epoch with the run's id and the epoch's numbers.
 
@@ -101,7 +102,7 @@ class Settings:
             )
         if self.sched not in SCHEDULES:
             raise ValueError(
-                f"'sched' (={self.sched}){near(self.sched, SCHEDULES)} must be one of: {', '.join(SCHEDULES)}."
+                f"'sched' (={self.sched}) must be one of: {', '.join(SCHEDULES)}.{did_you_mean(self.sched, SCHEDULES)}"
             )
         if not 0 < self.lr < math.inf:
             raise ValueError(f"'lr' (={self.lr}) must be positive.")
@@ -127,9 +128,9 @@ def build(entry: Entry, data: Data, settings: Settings) -> nn.Module:
     if is_source(entry.name):
         return _from_source(entry.name, args, settings.pretrained)
     if not timm.is_model(entry.name):
-        meant = near(entry.name, [*timm.list_models(), *timm.list_pretrained()])
+        meant = did_you_mean(entry.name, [*timm.list_models(), *timm.list_pretrained()])
         raise ValueError(
-            f"Unknown model '{entry.name}'{meant}: `timm-attn list` shows ours, `timm.list_models()` all there are."
+            f"Unknown model '{entry.name}'.{meant} `timm-attn list` shows ours, `timm.list_models()` all there are."
         )
     # Our models take the keyword themselves; timm's ResNets are given the same stem after they are built.
     ours = timm.model_entrypoint(entry.name).__module__.startswith('timm_attn.')
@@ -169,9 +170,8 @@ def optimization(model: nn.Module, settings: Settings, updates_per_epoch: int) -
             momentum=settings.momentum,
         )
     except (ValueError, TypeError, AssertionError) as e:
-        raise ValueError(
-            f"'opt' (={settings.opt}){near(settings.opt, [str(name) for name in list_optimizers()])}: {e}"
-        ) from e
+        meant = did_you_mean(settings.opt, map(str, list_optimizers()))
+        raise ValueError(f"'opt' (={settings.opt}): {e}{meant}") from e
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched=settings.sched,
