@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import safetensors.torch
 import timm
@@ -108,6 +109,7 @@ def test_base_that_cannot_be_had_is_named(saved: tuple[Any, Path], monkeypatch: 
     monkeypatch.setattr(
         timm, 'create_model', lambda name, **kw: offline() if kw.get('pretrained') else real(name, **kw)
     )
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)  # no connection is tried before
     with pytest.raises(ValueError, match=r'cannot be had from its source \(OSError: no route.*Offline, pass base='):
         timm_attn.load(folder)
 

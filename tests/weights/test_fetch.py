@@ -1,5 +1,6 @@
 """Weights that cannot be fetched: one error of ours, at once, with the way that needs no network."""
 
+import copy
 import socket
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+import timm_attn
 from timm_attn.hub import load_from_hub
 from timm_attn.hub.client import HubError
 
@@ -68,6 +70,18 @@ def test_files_need_no_network(asked: list[str], tmp_path: Path) -> None:
     model: Any = timm.create_model('gam_resnet18', pretrained=True, pretrained_cfg_overlay=overlay)
     assert torch.equal(model.fc.weight, plain.fc.weight)
     assert asked == []
+
+
+def test_an_adapters_base_is_not_waited_for(asked: list[str], tmp_path: Path) -> None:
+    model = timm_attn.inject(timm.create_model('resnet18'), 'eca')
+    base = timm_attn.eject(copy.deepcopy(model))
+    timm_attn.save(model, tmp_path / 'adapter', adapter=True, base=base)
+    with pytest.raises(
+        ValueError,
+        match=r"base 'resnet18.*cannot be had from its source \(Unreachable: no connection to .*Offline, pass base=",
+    ):
+        timm_attn.load(tmp_path / 'adapter')
+    assert len(asked) == 1
 
 
 def test_a_copy_in_the_cache_needs_no_network(asked: list[str], tmp_path: Path) -> None:

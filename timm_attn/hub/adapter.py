@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..injection import injections
 from ..models import injected_args
+from ..weights.fetch import fetching
 from .client import HubFileError, as_hub_error, timeouts
 from .config import Config
 from .header import check_names, check_shapes, check_weights, some
@@ -38,12 +39,15 @@ def _base_state(name: str, args: Mapping[str, Any], base: Base) -> dict[str, Ten
     """The base's weights: a model's, a file's, or those that timm has under the name."""
     if isinstance(base, nn.Module):
         return dict(base.state_dict())
-    source: dict[str, Any] = {} if base is None else {'pretrained_cfg_overlay': {'file': os.fspath(base)}}
+    overlay = None if base is None else {'file': os.fspath(base)}
     try:
-        with timeouts():
-            return dict(timm.create_model(name, pretrained=True, **args, **source).state_dict())
+        with timeouts(), fetching(name, ':' not in name, None, overlay):
+            model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **args)
+            return dict(model.state_dict())
     except Exception as e:
-        text = str(as_hub_error(e, name) or f'{type(e).__name__}: {" ".join(str(e).split())[:300]}')
+        # What `fetching` advises is for models that need all their weights.
+        cause = e.__cause__ if isinstance(e, ConnectionError) and e.__cause__ else e
+        text = str(as_hub_error(cause, name) or f'{type(cause).__name__}: {" ".join(str(cause).split())[:300]}')
     where = f"'{os.fspath(base)}'" if base is not None else 'its source'
     # Not in the except block: what the Hub's client raised may quote the token.
     raise ValueError(

@@ -434,7 +434,7 @@ def open_folder(directory: str | os.PathLike[str]) -> ModelFiles:
         HubFileError: A file is missing, malformed, or does not fit the others.
     """
     folder = Path(directory)
-    config, missed, vanished = b'', [''], 0
+    config, missed, vanished = b'', [], 0
     while True:
         _finish(folder)
         lone = os.path.lexists(folder / ADAPTER) and not os.path.lexists(folder / WEIGHTS)
@@ -447,7 +447,7 @@ def open_folder(directory: str | os.PathLike[str]) -> ModelFiles:
                 )
             missed = missing
             continue
-        missed = ['']
+        missed = []
         try:
             before, config = config, _read(folder, CONFIG, MAX_CONFIG_BYTES)
             weights = _read(folder, kind)

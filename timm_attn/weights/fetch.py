@@ -43,7 +43,7 @@ def fetching(
         if address and not _cached(source, cache_dir):
             _connect(address)
         yield
-    except (URLError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, _Unreachable) as e:
+    except (URLError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, Unreachable) as e:
         if not address:
             raise
         reason = next(iter(str(e).splitlines()), '') or type(e).__name__
@@ -54,8 +54,8 @@ def fetching(
         ) from e
 
 
-class _Unreachable(Exception):
-    pass
+class Unreachable(Exception):
+    """No connection to the host that has the weights, or to the proxy before it."""
 
 
 def _address(cfg: Mapping[str, Any]) -> str:
@@ -88,4 +88,4 @@ def _connect(address: str) -> None:
     try:
         socket.create_connection((parts.hostname, port), PATIENCE).close()
     except OSError as e:
-        raise _Unreachable(f'no connection to {parts.hostname}:{port}: {e.strerror or e}') from e
+        raise Unreachable(f'no connection to {parts.hostname}:{port}: {e.strerror or e}') from e
