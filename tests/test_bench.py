@@ -97,10 +97,6 @@ class TestAdvice:
             'compiled saves 10 % of a step here.'
         )
 
-    def test_a_loss_is_called_one(self) -> None:
-        found = times(m=[1.0] * 4, m_fused=[1.05] * 4)
-        assert advice(found, 'm') == 'm: fused costs 5 % of a step here. Leave it eager.'
-
     def test_a_loss_in_time_and_a_gain_in_bytes(self) -> None:
         found = times(m=[1.0] * 4, m_fused=[1.05] * 4)
         found['m']['kept_bytes'], found['m fused']['kept_bytes'] = 90_000_000, 60_000_000
@@ -109,9 +105,10 @@ class TestAdvice:
             'Leave it eager for speed; fuse it where memory limits the batch.'
         )
 
-    def test_a_hundredth_is_nothing(self) -> None:
-        found = times(m=[1.0] * 4, m_fused=[0.99] * 4)
-        assert advice(found, 'm') == 'm: fused takes as long as eager here. Leave it eager.'
+    @pytest.mark.parametrize(('seconds', 'says'), [(1.05, 'costs 5 % of a step'), (0.99, 'takes as long as eager')])
+    def test_a_loss_is_called_one_and_a_hundredth_is_nothing(self, seconds: float, says: str) -> None:
+        found = times(m=[1.0] * 4, m_fused=[seconds] * 4)
+        assert advice(found, 'm') == f'm: fused {says} here. Leave it eager.'
 
     def test_few_rounds_tell_nothing(self) -> None:
         assert advice(times(m=[1.0] * 3, m_fused=[0.5] * 3), 'm') == 'm: 4 rounds or more tell what to do.'
