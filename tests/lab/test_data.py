@@ -111,7 +111,7 @@ def test_damaged_cifar_binaries_are_refused(cifar_files: Path) -> None:
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="Unknown data 'mnist'. Expected one of digits, fashion-mnist, cifar10"):
+    with pytest.raises(ValueError, match=r"Unknown data 'mnist'\. Expected one of digits, fashion-mnist, cifar10"):
         load_data('mnist')
 
 
