@@ -272,8 +272,13 @@ def table(result: dict[str, Any]) -> str:
                 ]
             )
             lines.append(f'| {n} | {" | ".join(cells)} |')
-    v = result['versions']
-    lines += ['', ', '.join(f'{k} {v[k]}' for k in v) + '. Made by `python benchmarks/export_table.py`.']
+    runs: dict[str, list[str]] = {}
+    for kind in ('exports', 'digits'):
+        for name, row in result[kind].items():
+            v = ', '.join(f'{k} {of}' for k, of in row['versions'].items())
+            runs.setdefault(v, []).append(name if kind == 'exports' else f'{name} on digits')
+    lines += ['', 'Made by `python benchmarks/export_table.py`:', '']
+    lines += [f'* {", ".join(names)}: {v}' for v, names in runs.items()]
     return '\n'.join(lines) + '\n'
 
 
@@ -295,7 +300,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.simplefilter('ignore')
     path = RESULTS / 'export.json'
     result = json.loads(path.read_text()) if path.exists() else {'exports': {}, 'digits': {}}
-    result['versions'] = versions()
     RESULTS.mkdir(exist_ok=True)
 
     def keep() -> None:
@@ -310,6 +314,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if kind not in args.skip:
                 row['formats'][kind] = measure(name, kind)
                 print(name, kind, row['formats'][kind], flush=True)
+        row['versions'] = versions()
+        result['exports'] = dict(sorted(result['exports'].items()))
         keep()
     for name in DIGITS:
         if 'digits' not in args.skip and (name == 'plain' or name in args.only):
@@ -317,6 +323,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 result['digits'][name] = quantised(name, args.epochs)
             except Exception as e:  # likewise
                 result['digits'][name] = {'error': f'{type(e).__name__}: {str(e).splitlines()[0][:200]}'}
+            result['digits'][name]['versions'] = versions()
             print(name, result['digits'][name], flush=True)
             keep()
 

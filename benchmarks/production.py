@@ -243,8 +243,10 @@ def smallest(run: Run, model: nn.Module) -> int | None:
     return found
 
 
-def row_of(label: str, model: nn.Module, args: argparse.Namespace, data: dict[str, Any]) -> dict[str, Any]:
-    """All formats of one model."""
+def row_of(
+    label: str, model: nn.Module, args: argparse.Namespace, data: dict[str, Any], before: dict[str, Any]
+) -> dict[str, Any]:
+    """The formats asked for of one model, and what was measured before of the others."""
     x, y = data['test']
     expected = torch.cat([model(b) for b in x.split(100)])
     wide = [model(p) for p in data['photos']]
@@ -252,8 +254,9 @@ def row_of(label: str, model: nn.Module, args: argparse.Namespace, data: dict[st
     found: dict[str, Any] = {'eager': {**score(model, x, y, expected), 'bytes': size}}
     runs: dict[str, Run] = {'eager': model}
     with tempfile.TemporaryDirectory() as root:
-        for i, (name, export) in enumerate(formats(data['calibration']).items()):
-            if name in args.skip or ('attention' in name and label == 'plain'):
+        exports = formats(data['calibration'])
+        for i, (name, export) in enumerate(exports.items()):
+            if name not in args.formats or ('attention' in name and label == 'plain'):
                 continue
             folder = Path(root) / str(i)
             folder.mkdir()
@@ -273,6 +276,11 @@ def row_of(label: str, model: nn.Module, args: argparse.Namespace, data: dict[st
             print(label, name, found[name], flush=True)
         for name, time_ in times(runs, args.rounds).items():
             found[name].update(time_)
+        if before:
+            # Ratios are to eager in the same rounds, so formats of different runs can stand in one row.
+            kept = before['formats']
+            row = {**kept, **found, 'eager': kept['eager']}
+            return {**before, 'formats': {name: row[name] for name in ('eager', *exports) if name in row}}
         sides: dict[str, Run] = {
             'torch.export': program_of(model).module(),
             'size oblivious': program_of(model, True).module(),
@@ -296,7 +304,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--models', type=Path, default=Path('runs/production'), help='folder of the trained models')
     parser.add_argument('--only', nargs='+', default=['plain', *ATTENTIONS])
-    parser.add_argument('--skip', nargs='+', default=[], help='formats to leave out, such as aotinductor')
+    every = list(formats(torch.empty(0)))
+    parser.add_argument(
+        '--formats', nargs='+', default=every, choices=every, help='only these; others of the file stay as they are'
+    )
     parser.add_argument('--rounds', type=int, default=8)
     parser.add_argument('--out', type=Path, default=RESULTS / 'production.json')
     args = parser.parse_args()
@@ -313,9 +324,8 @@ def main() -> None:
         'photos': photos(*of),
     }
     report: dict[str, Any] = json.loads(args.out.read_text(encoding='utf-8')) if args.out.exists() else {'models': {}}
-    skipped = ['--skip', *args.skip] if args.skip else []
     report.update(
-        command=' '.join(['OMP_NUM_THREADS=1 python benchmarks/production.py', *skipped, f'--rounds {args.rounds}']),
+        command=f'OMP_NUM_THREADS=1 python benchmarks/production.py --rounds {args.rounds}',
         training=f'timm-attn {" ".join(TRAINING)} runs/production',
         date=time.strftime('%Y-%m-%d'),
         environment=environment(),
@@ -332,7 +342,8 @@ def main() -> None:
         weights = weights_path(args.models / 'checkpoints', entry, 0)
         model.load_state_dict(load_file(weights))
         model.eval().requires_grad_(False)
-        report['models'][entry.label] = row_of(entry.label, model, args, prepared_data)
+        before = report['models'].get(entry.label, {}) if args.formats != every else {}
+        report['models'][entry.label] = row_of(entry.label, model, args, prepared_data, before)
         with atomic_write(args.out) as path:
             path.write_text(json.dumps(report, indent=1) + '\n', encoding='utf-8')
 
