@@ -282,3 +282,48 @@ def test_onnx_script_exports_what_onnxruntime_runs(tmp_path: Path, environment: 
     (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     with torch.inference_mode():
         torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_scripts_take_injected_models_by_keywords_and_by_folder(
+    images: Path, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    """validate.py reads a checkpoint into what its keywords build; onnx_export.py, which has none, a folder."""
+    for package in ('onnx', 'onnxscript', 'onnxruntime'):
+        pytest.importorskip(package)
+    import onnxruntime
+
+    torch.manual_seed(0)
+    small = {'layers': (1, 1, 1, 1), 'channels': (16, 32, 64, 128), 'zero_init_last': False}
+    model: Any = timm.create_model(
+        'injected', base='resnet18', attn='cbam', at=r'layer[34]', num_classes=2, start='paper', **small
+    ).eval()
+    # Attention that is seen in the logits.
+    for site in timm_attn.attn_sites(model).values():
+        for p in site.parameters():
+            nn.init.normal_(p, 0, 0.3)
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'model.pth')
+    timm_attn.save(model, tmp_path / 'folder')
+
+    options = ['--data-dir', str(images / 'validation'), '--model', 'injected', '--num-classes', '2']
+    options += ['--model-kwargs', 'base=resnet18', 'attn=cbam', r'at=layer[34]', 'start=paper']
+    options += [f'base_args={small}', '--checkpoint', 'model.pth', '--results-file', 'result.csv']
+    options += ['--img-size', str(SIZE), '-b', '4', '-j', '0', '--device', 'cpu', '--crop-pct', '1']
+    run(['-m', 'timm_attn', script('validate.py'), *options], tmp_path, environment)
+    with open(tmp_path / 'result.csv', encoding='utf-8', newline='') as file:
+        (result,) = csv.DictReader(file)
+    config = resolve_data_config({'input_size': (3, SIZE, SIZE), 'crop_pct': 1.0}, model=model)
+    transform: Any = create_transform(**config)
+    files = sorted((images / 'validation').glob('*/*.png'))
+    labels = torch.tensor([sorted(COLOURS).index(f.parent.name) for f in files])
+    with torch.inference_mode():
+        logits = model(torch.stack([transform(Image.open(f)) for f in files]))
+    assert float(result['top1']) == 100 * (logits.argmax(1) == labels).float().mean().item()
+    assert float(result['param_count']) == round(sum(p.numel() for p in model.parameters()) / 1e6, 2)
+
+    options = ['model.onnx', '--model', 'local-dir:folder', '--img-size', str(SIZE), '-b', '2', '--check-forward']
+    run(['-m', 'timm_attn', script('onnx_export.py'), *options], tmp_path, environment)
+    session = onnxruntime.InferenceSession(tmp_path / 'model.onnx', providers=['CPUExecutionProvider'])
+    x = torch.randn(2, 3, SIZE, SIZE)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-4, atol=1e-5)
