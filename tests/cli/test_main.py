@@ -78,6 +78,8 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         (['compare', '--preset', 'diigts', '--out', 'x'], "Did you mean 'digits'?"),
         (['bench', 'cbam_resnet5'], "Did you mean 'cbam_resnet50'"),
         (['explain', str(Path(__file__)), '--model', 'cbma_resnet50', '--out', 'x'], "Did you mean 'cbam_resnet50'"),
+        (['list', 'cbma_resnet50'], "Did you mean 'cbam_resnet50'"),
+        (['space', 'cbma_resnet50', '--out', 'x'], "Did you mean 'cbam_resnet50'"),
         (['recipe', 'cbm_in1k'], "Did you mean 'cbam_in1k'"),
         (['compare', '--models', 'cbma_resnet18', '--data', 'digits', '--out', 'x'], "Did you mean 'cbam_resnet18'"),
         (['compare', '--models', 'resnet18', '--data', 'digts', '--out', 'x'], "Did you mean 'digits'"),

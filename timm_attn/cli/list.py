@@ -10,7 +10,7 @@ from typing import Any
 
 import timm
 
-from ..layers import accepted_args, get_attn, list_attn
+from ..layers import accepted_args, did_you_mean, get_attn, list_attn
 from ..measure import count
 from ..weights.tags import tags_of
 
@@ -106,7 +106,8 @@ def models_rows(pattern: str = '') -> tuple[Row, list[Row]]:
         sizes = (f'{size["params"]:,}', f'{size["macs"] / 1e9:.3f}', f'{size["bytes"] / 1e6:.1f}')
         rows.append((f'`{name}`', *sizes, ', '.join(tags) or '-', paper))
     if not rows:
-        raise ValueError(f"No model matches '{pattern}'. Without a pattern all are listed.")
+        meant = did_you_mean(pattern.strip('*'), list_our_models())
+        raise ValueError(f"No model matches '{pattern}'.{meant} Without a pattern all are listed.")
     return ('model', 'parameters', 'GMACs', 'MB', 'weights', 'paper'), rows
 
 

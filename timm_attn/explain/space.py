@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 
 from ..files import atomic_dir
 from ..hub.folder import open_folder
+from ..layers import did_you_mean
 from ..optional import require
 from ..version import pip_source
 from .images import open_image
@@ -54,7 +55,8 @@ def _shown(source: str, place: str, pretrained: bool) -> _Shown:
         return _Shown(repo.rpartition('/')[2], repo, {}, line)
     if not timm.is_model(source):
         raise ValueError(
-            f"'{source}' is no folder, no Hub repository (owner/name) and no registered model: see timm-attn list."
+            f"'{source}' is no folder, no Hub repository (owner/name) and no registered model."
+            f'{did_you_mean(source, timm.list_models())} timm-attn list shows them.'
         )
     return _Shown(source, None, {}, line)
 
