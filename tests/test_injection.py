@@ -13,7 +13,10 @@ import pytest
 import timm
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import timm_attn
 from timm_attn import create_attn, inject, list_attn
@@ -829,6 +832,61 @@ def test_wrapped_and_compiled_models_are_refused() -> None:
         with pytest.raises(ValueError, match=match):
             inject(cast(nn.Module, wrapped), 'se')
     assert attn_sites(model) == {}
+
+
+def test_models_that_are_wrapped_for_many_processes_are_refused() -> None:
+    distributed.init_process_group('gloo', store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        parallel, inside, sharded = (create_model('resnet18', **THIN) for _ in range(3))
+        inside.layer2 = DistributedDataParallel(inside.layer2)
+        fully_shard(sharded.layer1, mesh=init_device_mesh('cpu', (1,)))
+        for model, wrapper in (
+            (DistributedDataParallel(parallel), 'DistributedDataParallel'),
+            (inside, 'DistributedDataParallel'),
+            (sharded, 'FSDPModule'),
+        ):
+            with pytest.raises(ValueError, match=f'wrapped by {wrapper}, .*inject first, then wrap'):
+                inject(model, 'se', at=r'(module\.)?layer3')
+            assert attn_sites(model) == {}
+    finally:
+        distributed.destroy_process_group()
+
+
+class TwoMaps(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.conv(x) + y
+
+
+class Calls(nn.Module):
+    """A network with a module of two arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(3, 16, 3), TwoMaps()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.block(x, x)
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit:DeprecationWarning', 'ignore:.*torch.jit:FutureWarning')
+@pytest.mark.parametrize(
+    ('build', 'at'),
+    [(Calls, 'block'), (lambda: create_model('densenet121', num_classes=2), r'features\.denseblock1\.denselayer1')],
+    ids=['two arguments', 'a union of types'],
+)
+def test_scripting_modules_of_other_arguments_is_an_error(build: Callable[[], nn.Module], at: str) -> None:
+    """TorchScript wants a hook's types to be the module's: it must not script the module without its attention."""
+    model = loud(inject(build(), 'se', at=at)).eval()
+    x = image(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.trace(model, (x,))(x), model(x))
+        with pytest.raises(RuntimeError, match=r"Hook '_gate' on module '.*' has the wrong"):
+            torch.jit.script(model)
 
 
 def test_models_state_and_caches_stay() -> None:
