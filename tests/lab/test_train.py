@@ -170,6 +170,10 @@ def test_user_errors_say_what_to_do(
         ValueError, match=r"Unknown model 'resnet19'\. Did you mean .*'resnet18'.*\? `timm-attn list` shows ours"
     ):
         train.build(Entry('x', 'resnet19'), tiny_data, tiny_settings)
+    with pytest.raises(ValueError, match=f"is a folder, and no model of timm: write 'local-dir:{tmp_path}'"):
+        train.build(Entry('x', str(tmp_path)), tiny_data, tiny_settings)
+    with pytest.raises(ValueError, match="'me/adapter' is no model of timm: write 'hf-hub:me/adapter'"):
+        train.build(Entry('x', 'me/adapter'), tiny_data, tiny_settings)
     with pytest.raises(ValueError, match="'vgg11' is no ResNet, so it has no 3x3 stem to choose"):
         train.build(Entry('x', 'vgg11', dict(cifar_stem=True)), tiny_data, tiny_settings)
     with pytest.raises(ValueError, match=r"'epochs' \(=0\)"):

@@ -128,6 +128,10 @@ def build(entry: Entry, data: Data, settings: Settings) -> nn.Module:
     if is_source(entry.name):
         return _from_source(entry.name, args, settings.pretrained)
     if not timm.is_model(entry.name):
+        if Path(entry.name).is_dir():
+            raise ValueError(f"'{entry.name}' is a folder, and no model of timm: write 'local-dir:{entry.name}'.")
+        if entry.name.count('/') == 1:
+            raise ValueError(f"'{entry.name}' is no model of timm: write 'hf-hub:{entry.name}' for one of the Hub.")
         meant = did_you_mean(entry.name, [*timm.list_models(), *timm.list_pretrained()])
         raise ValueError(
             f"Unknown model '{entry.name}'.{meant} `timm-attn list` shows ours, `timm.list_models()` all there are."
