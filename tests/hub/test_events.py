@@ -443,6 +443,31 @@ def test_stalls_while_loading(hub_client: Any, monkeypatch: pytest.MonkeyPatch) 
     assert same(load_from_hub('me/x'), make_model(0))
 
 
+def _drips(hub: Any, monkeypatch: pytest.MonkeyPatch, path: str, work: Any) -> None:
+    monkeypatch.setattr(client, 'SETTINGS', client.Settings(timeout=5, wait=0, patience=0.5))
+    hub.fault('*', path, times=None, drip=0.02)
+    with pytest.raises(HubError, match=r'Gave up after \d s in which .* less than 1000 bytes a second'):
+        work()
+    assert sum(f.hits for f in hub._faults) <= 2, 'HEAD and GET, and no second try'
+    hub.clear_faults()
+    hub.release()
+
+
+def test_drips_while_pushing(hub_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert client.Settings().patience == 100
+    push_to_hub(make_model(0), 'me/x')
+    for path in ('^/api/models/me/x', '/paths-info/', '/resolve/'):
+        _drips(hub_client.hub, monkeypatch, path, lambda: push_to_hub(make_model(1), 'me/x'))
+    push_to_hub(make_model(1), 'me/x')
+
+
+def test_drips_while_loading(hub_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    push_to_hub(make_model(0), 'me/x')
+    for path in ('/paths-info/', '/resolve/.*config', '^/repos/'):
+        _drips(hub_client.hub, monkeypatch, path, lambda: load_from_hub('me/x'))
+    assert same(load_from_hub('me/x'), make_model(0))
+
+
 def test_nan_weights(hub_client: Any) -> None:
     model = make_model()
     next(model.parameters()).data[0] = torch.nan

@@ -76,6 +76,7 @@ class Settings:
         longest_wait: A `Retry-After` beyond this many seconds is reported, not waited for.
         patience: Seconds that one push or load spends in all on requests that fail and on pauses. What makes progress
             does not count.
+        slowest: Bytes a second of an answer, over `patience` seconds, below which it is no progress.
     """
 
     timeout: float = 30.0
@@ -84,6 +85,7 @@ class Settings:
     wait: float = 1.0
     longest_wait: float = 100.0
     patience: float = 100.0
+    slowest: float = 1000.0
 
 
 SETTINGS = Settings()
@@ -118,6 +120,30 @@ class _Patience:
         now = monotonic()
         self.spent += min(now - self.since, SETTINGS.timeout)
         self.since = now
+
+
+class _Paced(_http.SyncByteStream):
+    """The body of an answer, which ends in an error where it drips: each byte comes in time, and the last one never."""
+
+    def __init__(self, stream: Any, path: str) -> None:
+        self.stream, self.path = stream, path
+
+    def __iter__(self) -> Iterator[bytes]:
+        since, received = monotonic(), 0
+        for chunk in self.stream:
+            received += len(chunk)
+            passed = monotonic() - since
+            if passed >= SETTINGS.patience:
+                if received < SETTINGS.slowest * passed:
+                    raise HubError(
+                        f'Gave up after {passed:.0f} s in which {self.path} sent {received} bytes, less than '
+                        f'{SETTINGS.slowest:g} bytes a second. {_CHECK}'
+                    )
+                since, received = monotonic(), 0
+            yield chunk
+
+    def close(self) -> None:
+        self.stream.close()
 
 
 class _Tries:
@@ -158,6 +184,7 @@ class _Tries:
 
     def after(self, response: Any) -> None:
         key = self._key(response.request)
+        response.stream = _Paced(response.stream, response.request.url.path)
         if response.is_redirect:
             _check_redirect(response)
         if response.status_code < 400:

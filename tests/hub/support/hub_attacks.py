@@ -390,6 +390,13 @@ EVENTS = [
         'stalls_all_the_time', 'the Hub answers the first request and then no more', 'error after 100 s in all', 'push'
     ),
     Row('stalls_while_loading', 'the same', 'error after 100 s in all', 'load'),
+    Row(
+        'drips_while_pushing',
+        'an answer comes byte by byte, for ever',
+        'error after 100 s with less than 1000 bytes a second',
+        'push',
+    ),
+    Row('drips_while_loading', 'the same', 'error after 100 s with less than 1000 bytes a second', 'load'),
     Row('token_in_an_error_of_a_load', 'the Hub echoes the token', 'error without the token, traceback too', 'load'),
     Row(
         'swapped_after_the_check',

@@ -154,6 +154,7 @@ class Fault:
     stall: bool
     after: bool
     call: Callable[[], object] | None
+    drip: float | None
     hits: int = 0
 
     def strikes(self, method: str, path: str) -> bool:
@@ -272,11 +273,21 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.send_header('Connection', 'close')
         self.end_headers()
-        if self.command != 'HEAD':
+        if fault and fault.drip and self.command != 'HEAD':
+            self._drip(body, fault.drip)
+        elif self.command != 'HEAD':
             self.wfile.write(body)
         if cut is not None:
             self.wfile.flush()
             raise _HangUp
+
+    def _drip(self, body: bytes, seconds: float) -> None:
+        """Send a byte, and another one after some seconds, until the body or the test ends."""
+        for i in range(len(body)):
+            self.wfile.write(body[i : i + 1])
+            self.wfile.flush()
+            if self.server.hub._held(seconds):
+                raise _HangUp
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
 
@@ -849,6 +860,7 @@ class HubServer:
         honest: bool = False,
         after: bool = False,
         call: Callable[[], object] | None = None,
+        drip: float | None = None,
     ) -> Fault:
         """Make the next matching requests go wrong.
 
@@ -867,13 +879,14 @@ class HubServer:
             honest: with `truncate`, state the short length in Content-Length.
             after: let the request take effect first; only its answer is lost.
             call: called as the request comes in (with `after`, once it took effect); alone it harms nothing.
+            drip: send the body byte by byte, with that many seconds between them, until `release`, `stop` or `close`.
 
         Returns:
             The fault, whose `hits` tells how often it struck.
         """
         fault = Fault(
             method, re.compile(regex), times, status, dict(headers or {}), body, drop, truncate, honest, corrupt, stall,
-            after, call,
+            after, call, drip,
         )  # fmt: skip
         with self._arrival:
             self._faults.append(fault)
@@ -910,6 +923,10 @@ class HubServer:
         gate = self._gate
         if not self._stopping:
             gate.wait()
+
+    def _held(self, seconds: float) -> bool:
+        """Wait, unless connections are let go; whether they are."""
+        return self._stopping or self._gate.wait(seconds)
 
     def _note_bug(self, error: BaseException | None = None) -> None:
         self._bugs.append(error or sys.exc_info()[1] or RuntimeError('unknown'))
