@@ -52,7 +52,8 @@ def _base_state(name: str, args: Mapping[str, Any], base: Base) -> dict[str, Ten
     # Not in the except block: what the Hub's client raised may quote the token.
     raise ValueError(
         f"The base '{name}' of an adapter cannot be had from {where} ({text}). Offline, pass base=, a model or a file "
-        'with its weights.'
+        'with its weights; where nothing takes one, such as `timm-attn compare`, give it a whole model: what '
+        'timm_attn.load(DIRECTORY, base=...) returns, saved by timm_attn.save.'
     )
 
 
