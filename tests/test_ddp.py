@@ -1,6 +1,7 @@
 """DistributedDataParallel: gradients of 2 processes equal those of one on the joined batch, for each attention.
 
-Models are eager and fused. The file is also the script that each of the 2 processes runs.
+Models are eager and fused; one has attention behind convolutions, blocks and stages. The file is also the script that
+each of the 2 processes runs.
 """
 
 import os
@@ -24,14 +25,27 @@ TIMEOUT = 300
 PROCESSES = 2
 # What is added to all that a softmax compares changes nothing, and its gradient is 0 but for rounding.
 BEFORE_SOFTMAX = ('.conv_attn.bias', '.phi.bias')
+OUTPUTS = 'outputs'
+
+
+def names() -> list[str]:
+    """What `build` builds: each attention, and those that `inject` puts behind modules."""
+    return [*timm_attn.list_attn(), OUTPUTS]
 
 
 def build(name: str, seed: int) -> nn.Module:
     """A narrow ResNet with one block per stage and this attention, in float64, BatchNorm in eval."""
-    arch = f'{name}_resnet18' if timm.is_model(f'{name}_resnet18') else f'{name}_resnet50'
+    inject = name == OUTPUTS
+    name = 'resnet18' if inject else name
+    arch = name if inject else f'{name}_resnet18' if timm.is_model(f'{name}_resnet18') else f'{name}_resnet50'
     torch.manual_seed(seed)
     small: dict[str, Any] = dict(layers=(1, 1, 1, 1), channels=(64, 128, 192, 256), zero_init_last=False)
     model = timm.create_model(arch, num_classes=3, **small).double().eval()
+    if inject:
+        timm_attn.inject(model, 'cbam', at=r'layer\d')  # the last child of an nn.Sequential
+        timm_attn.inject(model, 'eca', at=r'layer\d\.0', where='output')  # a hook
+        timm_attn.inject(model, 'se', at=r'layer\d\.0\.conv2')
+        assert len(timm_attn.attn_sites(model)) == 12
     with torch.no_grad():
         # Away from zero starts, which would hide a gradient.
         for p in model.parameters():
@@ -66,7 +80,7 @@ def work(rank: int, folder: Path) -> None:
     distributed.init_process_group('gloo', store, rank=rank, world_size=PROCESSES, timeout=timeout)
     x, y = (t.chunk(PROCESSES)[rank] for t in batch())
     found = {}
-    for name in timm_attn.list_attn():
+    for name in names():
         for label, change in (name, nn.Identity()), (f'{name} fused', partial(timm_attn.fuse, compile=False)):
             # Other weights on rank 1, which DDP has to replace by those of rank 0.
             model = DistributedDataParallel(change(build(name, seed=rank)), find_unused_parameters=False)
@@ -94,7 +108,7 @@ def test_gradients_of_two_processes_equal_those_of_one_on_the_joined_batch(tmp_p
                     subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
                 )
         # In the meantime, what one process finds.
-        models = {name: build(name, seed=0) for name in timm_attn.list_attn()}
+        models = {name: build(name, seed=0) for name in names()}
         expected = {name: gradients(model, *batch()) for name, model in models.items()}
         codes = [process.wait(TIMEOUT) for process in processes]
     finally:
