@@ -398,6 +398,21 @@ def test_a_missing_or_unexpected_gain_behind_a_wrapper_is_an_error(group: None, 
         )
 
 
+def test_a_registered_model_takes_a_distributed_checkpoints_gain_where_it_asks(group: None, tmp_path: Path) -> None:
+    """torch asks for the keys that a model has, and one whose gain is 1 has none: the checkpoint tells which to add."""
+    source = injected('bam')
+    dcp.save({'model': get_model_state_dict(source)}, checkpoint_id=tmp_path)
+    target = registered('bam')
+    state = {'model': get_model_state_dict(target)}
+    held = dcp.FileSystemReader(tmp_path).read_metadata().state_dict_metadata
+    more = {k.removeprefix('model.') for k in held} - state['model'].keys()
+    assert more == {f'{site}.gain' for site in timm_attn.attn_sites(source)}
+    state['model'] |= {k: torch.ones((), dtype=torch.float64) for k in more}
+    dcp.load(state, checkpoint_id=tmp_path)
+    target.load_state_dict(state['model'])
+    assert gap(target(X), source(X)) <= 1e-6
+
+
 def test_initialising_again_keeps_the_gain() -> None:
     model = registered()
     model.layer1[0].se.gain = 2.0
