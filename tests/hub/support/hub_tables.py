@@ -136,8 +136,8 @@ LOAD_FAULTS = [
 ]
 
 
-def _markdown(rows: Iterable[Row], first: str) -> str:
-    lines = [f'| step | {first} | outcome |', '|---|---|---|']
+def _markdown(rows: Iterable[Row], first: str, step: str = 'step') -> str:
+    lines = [f'| {step} | {first} | outcome |', '|---|---|---|']
     lines += [f'| {r.step} | {r.what} | {r.outcome} |' for r in rows]
     return '\n'.join(lines)
 
@@ -180,6 +180,7 @@ def _details(title: str, rows: Iterable[Row], first: str) -> str:
 def page() -> str:
     """docs/reliability.md."""
     from hub_attacks import ATTACKS, EVENTS, KILLS
+    from model_rows import MODELS
 
     kills = '\n'.join(f'| `{r.what}` | {r.outcome} | {r.fault["at_least"]} |' for r in KILLS)
     return f"""# Reliability
@@ -221,6 +222,16 @@ disc) changes nothing.
 ## {len(EVENTS)} events
 
 {_counts(EVENTS, 'around a')}
+
+Over Xet the bytes are moved by the package `hf_xet`, where it is installed, with time limits of its own:
+`HF_HUB_DISABLE_XET=1` has all of it go over HTTP, with ours. What these rows say of dripping is of bodies; headers that
+drip are not bounded but by the 100 KB that the HTTP library takes of them.
+
+## {len(MODELS)} ways of a model
+
+Each names the test that shows it, below `tests/`; what was measured once only says so.
+
+{_markdown(MODELS, 'what happens', 'where')}
 
 ## All rows
 
