@@ -246,7 +246,7 @@ def test_a_browser_shows_labels_and_picture_and_asks_no_other_host(address: str,
         page.click('#look')
         page.wait_for_selector('#attention img', timeout=60_000)
         page.wait_for_selector('#attention-beside img', timeout=60_000)
-        shares = re.findall(r'(\S+) %', page.locator('#labels-beside').inner_text())
+        shares = re.findall(r'(\S+)\s%', page.locator('#labels-beside').inner_text())
         assert 'Untrained' in page.locator('#about-beside').inner_text()
         assert page.locator('#img button[aria-label="Capture from camera"]').count() == 1
         labels = page.locator('#labels').inner_text()

@@ -28,9 +28,13 @@ MODELS = [
 
 def bars(top: Sequence[tuple[str, float]]) -> str:
     """Labels with their probabilities to a decimal: Gradio's own label rounds them to whole percents, mostly 0."""
-    line = '<div style="display: flex; justify-content: space-between; gap: 1em"><span>{}</span><span>{}</span></div>'
+    line = (
+        '<div style="display: flex; justify-content: space-between; gap: 1em"><span>{}</span><strong>{}</strong></div>'
+    )
     meter = '<meter style="width: 100%" value="{:.4f}"></meter>'
-    return ''.join((line + meter).format(html.escape(n), html.escape(percent(p)), p) for n, p in top)
+    return ''.join(
+        (line + meter).format(html.escape(n), html.escape(percent(p)).replace(' ', '&nbsp;'), p) for n, p in top
+    )
 
 
 def look(image: Image.Image | None, whole: bool) -> list[Any]:
@@ -63,7 +67,7 @@ with gr.Blocks(title=SPACE['title']) as demo:
             with gr.Column():
                 gr.Markdown(about(i), elem_id=f'about{end}')
                 outputs.append(gr.Label(num_top_classes=5, visible=False))  # for programs
-                outputs.append(gr.HTML(label='Labels', elem_id=f'labels{end}', container=True, show_label=True))
+                outputs.append(gr.HTML(elem_id=f'labels{end}', container=True, padding=True))
     with gr.Row():
         for i, end in zip(range(len(MODELS)), ('', '-beside'), strict=False):
             # Without its label, which would lie on the picture's title.
