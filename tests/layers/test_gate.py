@@ -192,10 +192,10 @@ def test_bfloat16_gradients_of_few_rows_hold_nothing_that_was_left_in_memory(row
     """oneDNN leaves parts of the gradient of a 7x7 kernel for 128 channels uninitialised for maps of 1 or 2 rows."""
     torch.manual_seed(0)
     attn = create_attn('gam', 128, channel=False).eval()
-    torch.nn.init.uniform_(attn.get_submodule('bn2').weight, 0.5, 1)
+    torch.nn.init.uniform_(attn.get_parameter('bn2.weight'), 0.5, 1)
     x = torch.randn(2, 128, rows, 3)
 
-    def grads(module: torch.nn.Module, x: Tensor, autocast: bool) -> list[Tensor]:
+    def grads(module: Callable[[Tensor], Tensor], x: Tensor, autocast: bool) -> list[Tensor]:
         with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
             y = module(x)
         return [y, *torch.autograd.grad(y.double().square().sum(), list(attn.parameters()))]
