@@ -147,12 +147,14 @@ def test_nan_comes_out_of_both_passes(name: str) -> None:
 
 
 @pytest.mark.parametrize('size', [(9, 5), (5, 9), (2, 3), (1, 1)], ids=str)
-@pytest.mark.parametrize('kernel_size', [3, 7])
-def test_convolution_has_torchs_derivatives(kernel_size: int, size: tuple[int, int]) -> None:
-    conv = GateConv(2, 1, kernel_size, padding=kernel_size // 2, bias=False, dtype=torch.float64)
-    x, g = numbers(3, 2, *size), numbers(3, 1, *size, seed=2)
+@pytest.mark.parametrize(('args', 'groups'), [((2, 1, 3), 1), ((2, 1, 7), 1), ((4, 4, 1), 4)], ids=str)
+def test_convolution_has_torchs_derivatives(args: tuple[int, int, int], groups: int, size: tuple[int, int]) -> None:
+    planes, planes_out, kernel_size = args
+    padding = kernel_size // 2
+    conv = GateConv(*args, padding=padding, groups=groups, bias=False, dtype=torch.float64)
+    x, g = numbers(3, planes, *size), numbers(3, planes_out, *size, seed=2)
     found: list[list[Tensor]] = []
-    for call in (conv, lambda x: F.conv2d(x, conv.weight, padding=kernel_size // 2)):
+    for call in (conv, lambda x: F.conv2d(x, conv.weight, padding=padding, groups=groups)):
         first = torch.autograd.grad(call(x), (x, conv.weight), g)
         again = torch.autograd.grad(call(x), (x, conv.weight), g, create_graph=True)
         second = torch.autograd.grad(squares(again), (x, conv.weight, g))
@@ -167,6 +169,8 @@ CONVS = [
     ((2, 1, 3), {'padding': 2, 'dilation': 2, 'bias': False}, (5, 4)),
     ((2, 3, 1), {}, (1, 1)),
     ((2, 3, 1), {}, (5, 4)),
+    ((2, 2, 1), {'groups': 2, 'bias': False}, (5, 4)),
+    ((2, 2, 1), {'groups': 2}, (5, 4)),
 ]
 
 

@@ -140,9 +140,9 @@ def _tail(block: Any, bn: Any, y: Tensor, x: Tensor) -> Tensor:
         keep = y.new_empty((y.shape[0], 1, 1, 1)).bernoulli_(1 - drop.drop_prob)
         if drop.scale_by_keep and drop.drop_prob < 1:
             keep.div_(1 - drop.drop_prob)
-    normed, statistics = norm(block.compiled, bn, y, () if form is None else form.statistics)
     if form is None:
-        return attended_sum(block.compiled, attn, keep, normed, shortcut)
+        return attended_sum(block.compiled, bn, attn, keep, y, shortcut)
+    normed, statistics = norm(block.compiled, bn, y, form.statistics)
     return _gated_sum(block.compiled, attn, form, normed, statistics, keep, shortcut)
 
 

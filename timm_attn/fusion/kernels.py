@@ -236,17 +236,17 @@ def affine_relu_(x: Affine) -> tuple[()]:
 
 
 @overwriting
-def norm_relu_backward(g: Tensor, y: Tensor, b: Tensor, norm: Norm) -> tuple[Tensor, ...]:
-    """Gradients of weight and bias for that of ReLU(BN(y)); g becomes that of y.
+def norm_relu_backward(g: Tensor, y: Tensor, b: Tensor | None, norm: Norm) -> tuple[Tensor, ...]:
+    """Gradients of weight and bias for that of ReLU(BN(y)), or without b of BN(y); g becomes that of y.
 
     Args:
         g: The gradient, a map.
         y: The map.
-        b: Summand of the BatchNorm (1, C, 1, 1).
+        b: Summand of the BatchNorm (1, C, 1, 1), or None.
         norm: The BatchNorm.
     """
     u = _up(y)
-    g0 = _through_relu(g, u * norm.a + b)
+    g0 = _up(g) if b is None else _through_relu(g, u * norm.a + b)
     gy, ga, gb, _ = _factor_gradients(g0, Affine(u, norm.a), None)
     slope, offset, *gparams = _norm_gradients(u, norm, ga, gb)
     g.copy_(gy + u * slope + offset)
@@ -375,11 +375,10 @@ def affine(x: Affine) -> tuple[Tensor]:
 
 
 @overwriting
-def affine_backward(g: Tensor, y: Tensor, a: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of a and b for that of y * a + b; g becomes that of y."""
-    gy, ga, gb, _ = _factor_gradients(_up(g), Affine(y, a), None)
-    g.copy_(gy)
-    return ga, gb
+def affine_(x: Affine) -> tuple[()]:
+    """x, made in the memory of y."""
+    x.y.copy_(_made(x))
+    return ()
 
 
 def _sum_to(x: Tensor, like: Tensor) -> Tensor:

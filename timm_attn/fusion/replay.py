@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..layers import SelectiveKernel
 from . import kernels
-from .functions import conv_params, convolve, convolve_backward, factors, first_order
+from .functions import conv_params, convolve, convolve_backward, factors, first_order, norm
 from .kernels import Affine, Norm
 
 # A value that takes fewer multiply-adds than this is made again; others are kept. Reading and writing one costs about
@@ -189,41 +189,51 @@ class _Replay:
 
 class _AttendedSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, compiled: bool, attn: nn.Module, keep: Tensor | None, *given: Any) -> Tensor:
-        x, shortcut, params = Affine(*given[:3]), Affine(*given[3:6]), given[6:]
-        ctx.replay = _Replay(attn, x.y.device.type)
-        out, saved = ctx.replay.forward(*kernels.affine(compiled, x))
+    def forward(
+        ctx: Any, compiled: bool, bn: nn.BatchNorm2d, attn: nn.Module, keep: Tensor | None, *given: Any
+    ) -> Tensor:
+        (y, weight, bias), shortcut, params = given[:3], Affine(*given[3:6]), given[6:]
+        (_, eps, training, a, center, spread), b, *_ = factors(compiled, bn, y, weight, bias)
+        ctx.replay = _Replay(attn, y.device.type)
+        out, saved = ctx.replay.forward(*kernels.affine(compiled, Affine(y, a, b)))
         (out,) = kernels.gated_sum_(compiled, Affine(out), keep, shortcut)
         s = None if shortcut.a is None else shortcut.y
-        ctx.save_for_backward(out, *x, s, shortcut.a, keep, *params, *saved)
-        ctx.compiled, ctx.params = compiled, len(params)
+        ctx.save_for_backward(out, y, b, weight, a, center, spread, s, shortcut.a, keep, *params, *saved)
+        ctx.compiled, ctx.eps, ctx.training, ctx.params = compiled, eps, training, len(params)
         return out
 
     @staticmethod
     @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        out, y, a, b, s, a1, keep, *rest = ctx.saved_tensors
+        out, y, b, weight, a, center, spread, s, a1, keep, *rest = ctx.saved_tensors
         params, saved = rest[: ctx.params], rest[ctx.params :]
         g, *gshortcut = kernels.sum_backward(ctx.compiled, grads[0], out, Affine(s, a1))
         ctx.replay.recompute(kernels.affine(ctx.compiled, Affine(y, a, b)), params, saved)
         (gx,), gparams = ctx.replay.backward(g if keep is None else g * keep)
-        return None, None, None, *kernels.affine_backward(ctx.compiled, gx, y, a), *gshortcut, *gparams
+        bn = Norm(weight, ctx.eps, ctx.training, a, center, spread)
+        gnorm = kernels.norm_relu_backward(ctx.compiled, gx, y, None, bn)
+        return None, None, None, None, *gnorm, *gshortcut, *gparams
 
 
-def attended_sum(compiled: bool, attn: nn.Module, keep: Tensor | None, x: Affine, shortcut: Affine) -> Tensor:
-    """ReLU(attn(x) * keep + shortcut), keeping x's y and the output.
+def attended_sum(
+    compiled: bool, bn: nn.BatchNorm2d, attn: nn.Module, keep: Tensor | None, y: Tensor, shortcut: Affine
+) -> Tensor:
+    """ReLU(attn(BN(y)) * keep + shortcut), keeping y and the output. Without gradients y is overwritten.
 
     Args:
         compiled: Call kernels compiled.
+        bn: The BatchNorm; its running statistics move.
         attn: The attention.
         keep: Drop-path's mask (N, 1, 1, 1), or None.
-        x: A map (N, C, H, W).
+        y: (N, C, H, W).
         shortcut: A map (N, C, H, W).
     """
     if not torch.is_grad_enabled():
-        (out,) = kernels.gated_sum_(compiled, Affine(attn(*kernels.affine(compiled, x))), keep, shortcut)
+        (made,) = kernels.affine_(compiled, norm(compiled, bn, y)[0])
+        (out,) = kernels.gated_sum_(compiled, Affine(attn(made)), keep, shortcut)
         return out
-    return cast(Tensor, _AttendedSum.apply(compiled, attn, keep, *x, *shortcut, *attn.parameters()))
+    given = bn, attn, keep, y, bn.weight, bn.bias, *shortcut, *attn.parameters()
+    return cast(Tensor, _AttendedSum.apply(compiled, *given))
 
 
 class _Attended(torch.autograd.Function):

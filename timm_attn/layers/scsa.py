@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._base import Attention, Gate
-from ._gate import mean
+from ._gate import GateConv, mean
 from ._norm import GroupNorm
 from ._precision import matmul_upcast, upcast
 from ._registry import register_attn
@@ -129,9 +129,9 @@ class SCSA(Attention):
         self.norm_h = GroupNorm(4, channels, **dd)
         self.norm_w = GroupNorm(4, channels, **dd)
         self.norm = CellNorm(channels, **dd)
-        self.q = nn.Conv2d(channels, channels, 1, groups=channels, bias=False, **dd)
-        self.k = nn.Conv2d(channels, channels, 1, groups=channels, bias=False, **dd)
-        self.v = nn.Conv2d(channels, channels, 1, groups=channels, bias=False, **dd)
+        self.q = GateConv(channels, channels, 1, groups=channels, bias=False, **dd)
+        self.k = GateConv(channels, channels, 1, groups=channels, bias=False, **dd)
+        self.v = GateConv(channels, channels, 1, groups=channels, bias=False, **dd)
 
     @torch.jit.ignore()
     def init_neutral(self) -> None:
