@@ -19,7 +19,7 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,8 @@ def pretrained(path: Path) -> nn.Module:
     own = model.state_dict()
     fits = zip(own, own.values(), given.values(), strict=True)
     model.load_state_dict({k: g.reshape(v.shape) for k, v, g in fits})
-    return model.eval()
+    # On a CPU 1.5 times as fast.
+    return model.to(memory_format=torch.channels_last).eval()  # pyright: ignore[reportCallIssue]
 
 
 def tensors(images: Images, indices: np.ndarray, device: str) -> tuple[Tensor, Tensor]:
@@ -81,7 +82,8 @@ def tensors(images: Images, indices: np.ndarray, device: str) -> tuple[Tensor, T
     side = int(SETTINGS['img_size'])
     x = nn.functional.interpolate(raw, size=(side, side), mode='bilinear', antialias=True)
     x = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    return x.to(device), torch.tensor([images.targets[i] for i in indices], device=device)
+    x = x.to(device, memory_format=torch.channels_last)
+    return x, torch.tensor([images.targets[i] for i in indices], device=device)
 
 
 def batches(x: Tensor) -> Iterator[Tensor]:
@@ -97,18 +99,18 @@ def top1(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 @torch.inference_mode()
-def take_statistics(model: nn.Module, x: Tensor) -> None:
-    """Sets the running statistics of all BatchNorms to the plain mean over the batches of x (N, 3, S, S).
+def take_statistics(model: nn.Module, x: Tensor, parts: Sequence[nn.Module]) -> None:
+    """Sets the running statistics of the parts' BatchNorms to the plain mean over the batches of x (N, 3, S, S).
 
     Fashion-MNIST's grey pictures have other statistics than ImageNet's, and with so few steps the running mean of an
     epoch lags behind the weights: measured with those, every network looks broken.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for part in parts for m in part.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [m.momentum for m in norms]
     for m in norms:
         m.momentum = None
         m.reset_running_stats()
-    model.train()
+        m.train()
     for b in batches(x):
         model(b)
     model.eval()
@@ -123,7 +125,7 @@ def with_linear_head(backbone: Path, x: Tensor, y: Tensor) -> nn.Module:
     model: Any = pretrained(backbone)
     model.reset_classifier(10)
     model.to(x.device)
-    take_statistics(model, x)
+    take_statistics(model, x, [model])
     with torch.inference_mode():
         features = torch.cat([model.forward_head(model.forward_features(b), pre_logits=True) for b in batches(x)])
     fitted = LogisticRegression(C=0.1, max_iter=500).fit(features.cpu().numpy(), y.cpu().numpy())
@@ -137,7 +139,8 @@ def train(model: nn.Module, arm: Arm, train_set: tuple[Tensor, Tensor], val: tup
     """Fine-tunes, and returns accuracies after 0, 1, ... epochs and the losses."""
     x, y = train_set
     frozen = arm[2]
-    attention = {id(p) for m in timm_attn.attn_sites(model).values() for p in m.parameters()}
+    sites = list(timm_attn.attn_sites(model).values())
+    attention = {id(p) for m in sites for p in m.parameters()}
     for name, p in model.named_parameters():
         p.requires_grad_(not frozen or id(p) in attention or name.startswith('classifier.'))
     learnt = [p for p in model.parameters() if p.requires_grad]
@@ -150,7 +153,7 @@ def train(model: nn.Module, arm: Arm, train_set: tuple[Tensor, Tensor], val: tup
         model.train()
         if frozen:  # The network's own statistics stay too; only attention trains.
             model.eval()
-            for m in timm_attn.attn_sites(model).values():
+            for m in sites:
                 m.train()
         total = torch.zeros((), device=x.device)
         for chosen in torch.randperm(len(x), generator=order).split(int(SETTINGS['batch_size'])):
@@ -159,8 +162,7 @@ def train(model: nn.Module, arm: Arm, train_set: tuple[Tensor, Tensor], val: tup
             loss.backward()
             optimizer.step()
             total += loss.detach() * len(chosen)  # Stays on the device, so that a GPU is not waited for.
-        if not frozen:
-            take_statistics(model, x)
+        take_statistics(model, x, sites if frozen else [model])
         losses.append(total.item() / len(x))
         accuracies.append(top1(model, *val))
     return accuracies, losses

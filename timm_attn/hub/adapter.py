@@ -46,7 +46,7 @@ def _base_state(name: str, args: Mapping[str, Any], base: Base) -> dict[str, Ten
             return dict(model.state_dict())
     except Exception as e:
         # What `fetching` advises is for models that need all their weights.
-        cause = e.__cause__ if isinstance(e, ConnectionError) and e.__cause__ else e
+        cause = e.__cause__ if isinstance(e, ConnectionError) and isinstance(e.__cause__, Exception) else e
         text = str(as_hub_error(cause, name) or f'{type(cause).__name__}: {" ".join(str(cause).split())[:300]}')
     where = f"'{os.fspath(base)}'" if base is not None else 'its source'
     # Not in the except block: what the Hub's client raised may quote the token.
