@@ -279,7 +279,9 @@ def test_dead_and_saturated_gates_are_counted() -> None:
     with torch.no_grad():
         bias[:5] = -20
         bias[5:7] = 20
-    health = attention_health(model, [torch.randn(4, 3, 16, 16)])[site]['channel']
+    x = torch.randn(4, 3, 16, 16)
+    health = attention_health(model, [x])[site]['channel']
+    assert attention_health(model, x)[site]['channel'] == health
     assert (health.dead, health.saturated, health.verdict) == (5, 2, 'alive')
     assert health.low == 5 / channels and health.high == 2 / channels
     with torch.no_grad():

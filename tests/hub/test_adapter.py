@@ -114,6 +114,11 @@ def test_base_that_cannot_be_had_is_named(saved: tuple[Any, Path], monkeypatch: 
         timm_attn.load(folder)
 
 
+def test_timm_alone_is_told_what_loads_an_adapter(saved: tuple[Any, Path]) -> None:
+    with pytest.raises(ValueError, match=r'missing .*those of an adapter: timm_attn\.load\(DIRECTORY\)'):
+        timm.create_model(f'local-dir:{saved[1]}', pretrained=True)
+
+
 def test_adapter_must_not_hold_the_base(saved: tuple[Any, Path]) -> None:
     _, folder = saved
     held = safetensors.torch.load_file(folder / ADAPTER)

@@ -128,7 +128,7 @@ def attention_health(model: nn.Module, loader: Iterable[Any]) -> dict[str, dict[
 
     Args:
         model: As for `attention_maps`; left as it was.
-        loader: Batches (N, C, H, W), or tuples that start with one; moved to the model's device.
+        loader: Batches (N, C, H, W), or tuples that start with one, or one batch; moved to the model's device.
 
     Returns:
         Site name -> kind of gate -> its health. Where nothing is multiplied by a gate, as in channel self-attention,
@@ -158,7 +158,7 @@ def attention_health(model: nn.Module, loader: Iterable[Any]) -> dict[str, dict[
     with ExitStack() as stack:
         for name, module in attn_sites(net).items():
             stack.callback(module.register_forward_hook(compare(name)).remove)
-        for batch in loader:
+        for batch in [loader] if isinstance(loader, Tensor) and loader.ndim == 4 else loader:
             x = batch[0] if isinstance(batch, (tuple, list)) else batch
             watch(model, x.to(device) if isinstance(x, Tensor) else x, see)
     if not stats:

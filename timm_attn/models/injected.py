@@ -96,9 +96,16 @@ def _check_fit(state_dict: dict[str, Tensor], model: Any, cfg: dict[str, Any]) -
     expected = set(model.state_dict())
     missing, extra = expected - set(state_dict) - free - gains, set(state_dict) - expected - free - gains
     if missing or extra:
+        sites = tuple(f'{site}.' for site in attn_sites(model))
+        adapter = not extra and not any(k.startswith(sites) for k in missing)
+        todo = (
+            'They are those of an adapter: timm_attn.load(DIRECTORY), or load_from_hub(REPOSITORY), adds the base.'
+            if adapter
+            else 'Give the keywords that they were saved with.'
+        )
         raise ValueError(
             f'The weights do not fit this injected model: {len(missing)} missing {sorted(missing)[:6]}, '
-            f'{len(extra)} that do not belong {sorted(extra)[:6]}. Give the keywords that they were saved with.'
+            f'{len(extra)} that do not belong {sorted(extra)[:6]}. {todo}'
         )
     return state_dict
 
