@@ -289,7 +289,8 @@ def accuracy_text(name: str = 'fashion-attn') -> str:
         else ''
     )
     return (
-        f'{data["train"]:,} images to train, {data["val"]:,} to measure, {settings["epochs"]} epochs.'
+        f'{data["train"]:,} images to train, {data["val"]:,} to measure, {settings["img_size"]} pixels, '
+        f'{settings["epochs"]} epochs.'
         f'\n\n{markdown_table(head, lines)}{power}'
     )
 
