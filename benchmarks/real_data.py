@@ -3,7 +3,7 @@
     PYTHONPATH=. python benchmarks/real_data.py --out runs/real --data-dir fashion-mnist \
         --weights mobilenet_v2-b0353104.pth --device cuda --jobs 15 --seconds 360
 
-se-lab: `compare --preset se-lab`. cbam-order: CBAM's three orders and no attention. identity_start: see
+se-lab: `compare --preset se-lab`. cbam-order: CBAM's three orders. identity_start: see
 identity_start.py. fashion-attn: every attention in one small ResNet. Each process does the comparisons in turn, and in
 each the runs that no other is at, so that the first comparisons are whole first, and of each the first seeds; what is
 left when the time is over goes on with the same command. The records are packed every minute.
@@ -54,7 +54,7 @@ def commands(scale: float, device: str, data_dir: str | None) -> dict[str, list[
     common = ['--device', device, *(['--data-dir', data_dir] if data_dir else [])]
     return {
         'se-lab': [*lab, *common],
-        'cbam-order': ['--models', ','.join([plain, *cbam]), *shared['cbam-order'], *common],
+        'cbam-order': ['--models', ','.join(cbam), *shared['cbam-order'], *common],
         'fashion-attn': ['--models', ','.join([plain, *attn]), *shared['fashion-attn'], *common],
     }
 
