@@ -814,5 +814,5 @@ def test_pictures_are_the_same_each_time(tmp_path: Path) -> None:
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__('sys').modules, 'matplotlib', None)
-    with pytest.raises(ImportError, match=r"pip install 'timm_attn\[lab\]'"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[lab\]'"):
         draw_explanation(made_up(CHANNEL, 2))
