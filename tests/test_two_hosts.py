@@ -36,5 +36,6 @@ def test_a_step_sends_each_gradient_once_and_ends_in_the_weights_of_one_host(
     found = two_hosts.demonstrate(Path(scripts).resolve() / 'train.py', 'cbam_resnet18', (1, 3), tmp_path)
     assert found['same_weights_as_one_host']
     expected = found['parameter_bytes']  # 2 (n - 1) / n of them, n = 2
-    # Headers of TCP come to it, what it sends again, and BatchNorm's buffers from the first host.
-    assert all(expected < sent < 1.1 * expected + found['buffer_bytes'] for sent in found['sent_per_step'])
+    # BatchNorm's buffers from the first host come to it, and what the processes have to agree on. What TCP sends again
+    # is counted by segments, of which some are shorter.
+    assert all(0.99 * expected < sent < 1.01 * expected + found['buffer_bytes'] for sent in found['sent_per_step'])
