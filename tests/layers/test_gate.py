@@ -174,6 +174,14 @@ CONVS = [
 ]
 
 
+@pytest.mark.parametrize('kwargs', [{'bias': False}, {'groups': 4, 'bias': False}, {'groups': 4}], ids=str)
+@pytest.mark.parametrize('channels', [1, 2, 8])
+def test_other_channels_are_refused_as_by_torch(channels: int, kwargs: dict[str, Any]) -> None:
+    for size in ((5, 4), (1, 1)):
+        with pytest.raises(RuntimeError):
+            GateConv(4, 4, 1, **kwargs)(torch.randn(2, channels, *size))
+
+
 @pytest.mark.parametrize(('args', 'kwargs', 'size'), CONVS, ids=str)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_convolution_is_torchs_in_autocast(

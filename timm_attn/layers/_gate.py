@@ -241,9 +241,9 @@ def _first_rows(x: Tensor, rows: int) -> Tensor:
 def _by_channel(x: Tensor, weight: Tensor) -> Tensor:
     if torch.jit.is_scripting():
         return F.conv2d(x, weight, groups=weight.shape[0])
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != 'cpu':
-        return F.conv2d(x, weight, groups=weight.shape[0])
-    if x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled('cpu'):
+    elsewhere = torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != 'cpu'
+    fits = x.dim() == 4 and x.shape[1] == weight.shape[0]  # a product would broadcast one channel
+    if elsewhere or not fits or x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled('cpu'):
         return F.conv2d(x, weight, groups=weight.shape[0])
     # With one thread, torch convolves channel by channel.
     return x * weight.flatten(1)[:, :, None]
@@ -319,13 +319,11 @@ class GateConv(nn.Conv2d):
             # Asked at each call: whoever holds the module may have changed it.
             k = self.kernel_size[0]
             same_size = k % 2 == 1 and self.kernel_size == (k, k) and self.padding == (k // 2, k // 2)
-            plain = (self.stride, self.dilation, self.padding_mode) == ((1, 1), (1, 1), 'zeros')
-            each = self.groups == self.in_channels == self.out_channels
-            if same_size and plain and k == 1 and each and self.bias is None:
-                return _by_channel(input, self.weight)
-            plain = plain and self.groups == 1
-            if same_size and plain and k == 1:
-                return _pointwise(input, self.weight, self.bias)
-            if same_size and plain and self.bias is None:
-                return _mirrored(input, self.weight)
+            if same_size and (self.stride, self.dilation, self.padding_mode) == ((1, 1), (1, 1), 'zeros'):
+                if self.groups == 1 and k == 1:
+                    return _pointwise(input, self.weight, self.bias)
+                if self.groups == 1 and self.bias is None:
+                    return _mirrored(input, self.weight)
+                if self.groups == self.in_channels == self.out_channels and k == 1 and self.bias is None:
+                    return _by_channel(input, self.weight)
             return self._conv_forward(input, self.weight, self.bias)
