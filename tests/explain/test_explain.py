@@ -490,13 +490,13 @@ def clims(figure: Any) -> list[tuple[float, float]]:
     return [i.get_clim() for axes in figure.axes for i in axes.images if i.cmap.name == 'cividis']
 
 
-@needs_matplotlib
 def test_a_share_is_never_rounded_to_none_or_all() -> None:
     shares = (0, 1e-9, 0.00049, 0.0005, 0.001, 0.125, 0.9994, 0.9996, 1 - 1e-9, 1)
     told = ('0.0', '<0.1', '<0.1', '0.1', '0.1', '12.5', '99.9', '>99.9', '>99.9', '100.0')
     assert [percent(share) for share in shares] == [f'{text} %' for text in told]
 
 
+@needs_matplotlib
 def test_nearly_equal_gates_look_equal_and_all_panels_of_a_kind_share_a_scale() -> None:
     near, far = torch.linspace(0.4995, 0.5025, 16).view(1, 4, 4), torch.linspace(0.1, 0.9, 16).view(1, 4, 4)
 
