@@ -22,9 +22,9 @@ def require(package: str, extra: str, pip_name: str | None = None) -> ModuleType
     except ModuleNotFoundError as e:
         name = pip_name or package.split('.')[0]
         # Before a release the name on an index is nobody's, or somebody else's.
-        every = f'timm_attn[{extra}]' if pip_source() == 'timm_attn' else f'.[{extra}]'
-        where = '' if pip_source() == 'timm_attn' else ' in a checkout of timm_attn'
+        released = pip_source() == 'timm_attn'
+        every = f"'timm_attn[{extra}]'" if released else f"'.[{extra}]' in a checkout of timm_attn"
         raise ImportError(
             f"This needs '{name}', which is not installed: pip install {name}, or all of the extra by pip install "
-            f"'{every}'{where}."
+            f'{every}.'
         ) from e

@@ -1,6 +1,7 @@
 """`timm-attn list`: the attentions and the models, with parameters, MACs, weights, cost and papers."""
 
 import argparse
+import functools
 import json
 import shutil
 import sys
@@ -61,6 +62,7 @@ def plain_table(header: Row, rows: Sequence[Row], width: int) -> str:
     return '\n'.join([line(header), '  '.join('-' * w for w in wide[:shown]), *map(line, body), *note])
 
 
+@functools.cache
 def measured() -> dict[str, Any]:
     """What attentions cost a ResNet-50 and how large our models are, as benchmarks/readme.py wrote it down.
 

@@ -20,6 +20,18 @@ from .images import plain
 LONGEST = 100
 
 
+def unknown_model(source: str) -> ValueError:
+    """The error for a name that is nowhere.
+
+    Args:
+        source: What was asked for.
+    """
+    return ValueError(
+        f"'{source}' is no folder, no Hub repository (owner/name) and no registered model."
+        f'{did_you_mean(source, timm.list_models())} timm-attn list shows them.'
+    )
+
+
 def load_model(source: str, *, pretrained: bool = True) -> nn.Module:
     """A model by whatever name the user has for it, in eval mode on the CPU.
 
@@ -33,10 +45,7 @@ def load_model(source: str, *, pretrained: bool = True) -> nn.Module:
     if Path(source).is_dir() or source.startswith(('local-dir:', 'hf-hub:')) or source.count('/') == 1:
         return open_model(source).eval()
     if not timm.is_model(source):
-        raise ValueError(
-            f"'{source}' is no folder, no Hub repository (owner/name) and no registered model."
-            f'{did_you_mean(source, timm.list_models())} timm-attn list shows them.'
-        )
+        raise unknown_model(source)
     model = timm.create_model(source, pretrained=pretrained).eval()
     model.loaded_untrained = not pretrained  # pyright: ignore[reportArgumentType]
     return model

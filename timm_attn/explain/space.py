@@ -18,10 +18,10 @@ from PIL import Image, ImageDraw
 
 from ..files import atomic_dir
 from ..hub.folder import open_folder
-from ..layers import did_you_mean
 from ..optional import require
 from ..version import pip_source
 from .images import open_image
+from .model import unknown_model
 
 APP = Path(__file__).with_name('space_app.py')
 SDK_VERSION = '6.31.0'
@@ -54,10 +54,7 @@ def _shown(source: str, place: str, pretrained: bool) -> _Shown:
         repo = repo.partition('@')[0]
         return _Shown(repo.rpartition('/')[2], repo, {}, line)
     if not timm.is_model(source):
-        raise ValueError(
-            f"'{source}' is no folder, no Hub repository (owner/name) and no registered model."
-            f'{did_you_mean(source, timm.list_models())} timm-attn list shows them.'
-        )
+        raise unknown_model(source)
     return _Shown(source, None, {}, line)
 
 

@@ -232,8 +232,8 @@ def attended_sum(
         (made,) = kernels.affine_(compiled, norm(compiled, bn, y)[0])
         (out,) = kernels.gated_sum_(compiled, Affine(attn(made)), keep, shortcut)
         return out
-    given = bn, attn, keep, y, bn.weight, bn.bias, *shortcut, *attn.parameters()
-    return cast(Tensor, _AttendedSum.apply(compiled, *given))
+    normed = y, bn.weight, bn.bias
+    return cast(Tensor, _AttendedSum.apply(compiled, bn, attn, keep, *normed, *shortcut, *attn.parameters()))
 
 
 class _Attended(torch.autograd.Function):

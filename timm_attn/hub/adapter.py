@@ -41,7 +41,7 @@ def _base_state(name: str, args: Mapping[str, Any], base: Base) -> dict[str, Ten
         return dict(base.state_dict())
     overlay = None if base is None else {'file': os.fspath(base)}
     try:
-        with timeouts(), fetching(name, ':' not in name, None, overlay):
+        with timeouts(), fetching(name, True, None, overlay):
             model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **args)
             return dict(model.state_dict())
     except Exception as e:

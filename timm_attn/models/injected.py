@@ -206,7 +206,7 @@ def injected(
         base_args.setdefault('num_classes', own['num_classes'])
         base_args.setdefault('in_chans', own['input_size'][0])
     load_base = pretrained and own is None
-    with fetching(base, load_base and ':' not in base, None, pretrained_cfg_overlay, cache_dir):
+    with fetching(base, load_base, None, pretrained_cfg_overlay, cache_dir):
         model: Any = timm.create_model(
             base,
             pretrained=load_base,

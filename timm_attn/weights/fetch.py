@@ -36,7 +36,8 @@ def fetching(
     Raises:
         ConnectionError: The source cannot be reached, or has no such weights, and no copy lies in the cache.
     """
-    source = resolve_pretrained_cfg(name, cfg, overlay).to_dict() if pretrained else {}
+    # A name with a source before it, such as local-dir:, is one that timm resolves anew.
+    source = resolve_pretrained_cfg(name, cfg, overlay).to_dict() if pretrained and ':' not in name else {}
     local = source.get('file') or source.get('state_dict') or source.get('source') in ('local-dir', 'checked')
     address = '' if local else _address(source)
     try:
