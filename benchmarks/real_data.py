@@ -21,7 +21,7 @@ from pathlib import Path
 # size, so that a core does all in an hour.
 NET = '--img-size 14 --cifar-stem --model-kwargs layers=[1,1,1,1] channels=[32,64,96,128]'
 FASHION = '--data fashion-mnist --opt adamw --lr 4e-3 --weight-decay 0.05 --warmup-epochs 1'
-SIZES = {'cbam-order': (1600, 2000, 4), 'fashion-attn': (1600, 2000, 4)}  # Training and test images, epochs.
+TRAIN, TEST, EPOCHS = 1600, 2000, 4  # Images, but for se-lab.
 
 
 def commands(scale: float, device: str, data_dir: str | None) -> dict[str, list[str]]:
@@ -36,13 +36,9 @@ def commands(scale: float, device: str, data_dir: str | None) -> dict[str, list[
 
     cbam = [f"{order}=cbam_resnet50:attn_args={{'order':'{order}'}}" for order in ORDERS]
     attn = [f'{name}={name}_resnet50' for name in list_attn()]
-    plain = 'plain=resnet50'
     batch = '32' if scale > 0.1 else '16'
-    shared = {}
-    for name, (train, test, epochs) in SIZES.items():
-        images = f'{max(50, round(train * scale))},{max(50, round(test * scale))}'
-        sizes = ['--images', images, '--batch-size', batch, '--epochs', str(max(2, round(epochs * min(1, 4 * scale))))]
-        shared[name] = [*NET.split(), *FASHION.split(), *sizes]
+    images = f'{max(50, round(TRAIN * scale))},{max(50, round(TEST * scale))}'
+    sizes = ['--images', images, '--batch-size', batch, '--epochs', str(max(2, round(EPOCHS * min(1, 4 * scale))))]
     lab = ['--preset', 'se-lab']
     if scale < 1:
         lab += [
@@ -52,10 +48,11 @@ def commands(scale: float, device: str, data_dir: str | None) -> dict[str, list[
             str(max(1, round(60 * scale))),
         ]
     common = ['--device', device, *(['--data-dir', data_dir] if data_dir else [])]
+    shared = [*NET.split(), *FASHION.split(), *sizes, *common]
     return {
         'se-lab': [*lab, *common],
-        'cbam-order': ['--models', ','.join(cbam), *shared['cbam-order'], *common],
-        'fashion-attn': ['--models', ','.join([plain, *attn]), *shared['fashion-attn'], *common],
+        'cbam-order': ['--models', ','.join(cbam), *shared],
+        'fashion-attn': ['--models', ','.join(['plain=resnet50', *attn]), *shared],
     }
 
 

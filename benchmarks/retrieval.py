@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from identity_start import pretrained
+from identity_start import MEAN, STD, pretrained
 from torch import Tensor, nn
 
 import timm_attn
@@ -96,8 +96,7 @@ def retrieve(embeddings: Tensor, y: Tensor) -> dict[str, float]:
 def as_imagenet(x: Tensor) -> Tensor:
     """Grey images in -1 to 1, (N, 1, 28, 28), as ImageNet's networks take them, (N, 3, 96, 96)."""
     large = nn.functional.interpolate((x + 1) / 2, size=(96, 96), mode='bilinear')
-    mean, std = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
-    return (large - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    return (large - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
 def main() -> None:

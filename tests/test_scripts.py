@@ -265,11 +265,24 @@ def test_benchmark_script_finds_models_by_wildcard(tmp_path: Path, environment: 
     assert result['model'] == 'simple_cnn_cbam' and float(result['infer_samples_per_sec']) > 0
 
 
-def test_onnx_script_exports_what_onnxruntime_runs(tmp_path: Path, environment: dict[str, str]) -> None:
+def need_onnx() -> None:
     for package in ('onnx', 'onnxscript', 'onnxruntime'):
         pytest.importorskip(package)
+
+
+def check_onnx(path: Path, model: nn.Module) -> None:
+    """The file gives the model's outputs in onnxruntime."""
     import onnxruntime
 
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    x = torch.randn(2, 3, SIZE, SIZE)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_onnx_script_exports_what_onnxruntime_runs(tmp_path: Path, environment: dict[str, str]) -> None:
+    need_onnx()
     torch.manual_seed(0)
     model = timm.create_model('simple_cnn_cbam', num_classes=2).eval()
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'model.pth')
@@ -277,30 +290,28 @@ def test_onnx_script_exports_what_onnxruntime_runs(tmp_path: Path, environment: 
     options += ['--img-size', str(SIZE), '-b', '2', '--check-forward']
     run(['-m', 'timm_attn', script('onnx_export.py'), *options], tmp_path, environment)
 
-    session = onnxruntime.InferenceSession(tmp_path / 'model.onnx', providers=['CPUExecutionProvider'])
-    x = torch.randn(2, 3, SIZE, SIZE)
-    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    with torch.inference_mode():
-        torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-4, atol=1e-5)
+    check_onnx(tmp_path / 'model.onnx', model)
 
 
 def test_scripts_take_injected_models_by_keywords_and_by_folder(
     images: Path, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     """validate.py reads a checkpoint into what its keywords build; onnx_export.py, which has none, a folder."""
-    for package in ('onnx', 'onnxscript', 'onnxruntime'):
-        pytest.importorskip(package)
-    import onnxruntime
-
+    need_onnx()
     torch.manual_seed(0)
     small = {'layers': (1, 1, 1, 1), 'channels': (16, 32, 64, 128), 'zero_init_last': False}
     model: Any = timm.create_model(
         'injected', base='resnet18', attn='cbam', at=r'layer[34]', num_classes=2, start='paper', **small
     ).eval()
-    # Attention that is seen in the logits.
+    # Attention and statistics that are seen in the logits.
     for site in timm_attn.attn_sites(model).values():
         for p in site.parameters():
             nn.init.normal_(p, 0, 0.3)
+    for key, buffer in model.named_buffers():
+        if key.endswith('running_mean'):
+            buffer.normal_(0, 0.1)
+        elif key.endswith('running_var'):
+            buffer.uniform_(0.5, 1.5)
     torch.save({'state_dict': model.state_dict()}, tmp_path / 'model.pth')
     timm_attn.save(model, tmp_path / 'folder')
 
@@ -322,8 +333,4 @@ def test_scripts_take_injected_models_by_keywords_and_by_folder(
 
     options = ['model.onnx', '--model', 'local-dir:folder', '--img-size', str(SIZE), '-b', '2', '--check-forward']
     run(['-m', 'timm_attn', script('onnx_export.py'), *options], tmp_path, environment)
-    session = onnxruntime.InferenceSession(tmp_path / 'model.onnx', providers=['CPUExecutionProvider'])
-    x = torch.randn(2, 3, SIZE, SIZE)
-    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    with torch.inference_mode():
-        torch.testing.assert_close(torch.from_numpy(found), model(x), rtol=1e-4, atol=1e-5)
+    check_onnx(tmp_path / 'model.onnx', model)
