@@ -84,6 +84,16 @@ def test_an_adapters_base_is_not_waited_for(asked: list[str], tmp_path: Path) ->
     assert len(asked) == 1
 
 
+@pytest.mark.parametrize('name', ['local-dir:runs/x', 'hf-hub:me/x', 'hf_hub:me/x'])
+def test_names_with_a_source_are_left_to_timm(name: str, asked: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    """timm warns where it is asked for the configuration of such a name."""
+    from timm_attn.weights.fetch import fetching
+
+    with fetching(name, True):
+        pass
+    assert (asked, caplog.records) == ([], [])
+
+
 def test_a_copy_in_the_cache_needs_no_network(asked: list[str], tmp_path: Path) -> None:
     from timm_attn.weights.fetch import fetching
 
