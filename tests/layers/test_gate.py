@@ -12,7 +12,18 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 from timm_attn import create_attn
 from timm_attn.layers import GateConv, _gate
-from timm_attn.layers._gate import gated, mean, pooled
+from timm_attn.layers._gate import (
+    attend,
+    channels_to_end,
+    channels_to_front,
+    crossed,
+    gated,
+    jointly_gated,
+    larger,
+    mean,
+    pooled,
+    window_means,
+)
 
 SHAPE = (5, 4, 3, 6)
 DIMS = [[2, 3], [1], [2], [3]]
@@ -33,21 +44,62 @@ def squares(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([t.square().sum() for t in tensors]).sum()
 
 
-def ours(dim: list[int]) -> Callable[[Tensor, Tensor], Tensor]:
-    def call(x: Tensor, a: Tensor) -> Tensor:
+Call = Callable[[Tensor, Tensor], Tensor]
+
+
+def pooled_and_gated(dim: list[int]) -> tuple[Call, Call]:
+    def ours(x: Tensor, a: Tensor) -> Tensor:
         centre = mean(x, dim, keepdim=True)
         x, low, high = pooled(x, dim, keepdim=True)
         return gated(x, [a * low + high * high, centre + 0.5, a * a])
 
-    return call
-
-
-def plain(dim: list[int]) -> Callable[[Tensor, Tensor], Tensor]:
-    def call(x: Tensor, a: Tensor) -> Tensor:
+    def plain(x: Tensor, a: Tensor) -> Tensor:
         low, high = x.mean(dim, keepdim=True), x.amax(dim, keepdim=True)
         return x * (a * low + high * high + low + 0.5 + a * a)
 
-    return call
+    return ours, plain
+
+
+def by_two(ours: Callable[..., Tensor], plain: Callable[..., Tensor], *dims: list[int]) -> tuple[Call, Call]:
+    """A function of a map and of two gates, as one of the map and what a gate follows from."""
+
+    def of(function: Callable[..., Tensor]) -> Call:
+        first, second = dims
+        return lambda x, a: function(x, a * x.mean(first, keepdim=True), x.mean(second, keepdim=True) + 0.5)
+
+    return of(ours), of(plain)
+
+
+def joint(add: bool) -> tuple[Call, Call]:
+    def plain(x: Tensor, c: Tensor, p: Tensor) -> Tensor:
+        return x * (1.7 + 1.7 / (1 + (-(c + p if add else c * p)).exp()))
+
+    return by_two(lambda x, c, p: jointly_gated(x, c, p, add, 1.7), plain, [2, 3], [1])
+
+
+def attention(x: Tensor, a: Tensor, ours: bool) -> Tensor:
+    q, k, v = x, x * a, x + a
+    return attend(q, k, v, 0.3) if ours else ((q @ k.mT) * 0.3).softmax(3) @ v
+
+
+# What is here, and its equation.
+PAIRS = {
+    **{f'pooled along {dim}': pooled_and_gated(dim) for dim in DIMS},
+    'crossed': by_two(crossed, lambda x, r, c: x * r * c, [3], [2]),
+    'larger of channels and pixels': by_two(larger, lambda x, a, b: torch.maximum(x * a, x * b), [2, 3], [1]),
+    'joint product': joint(False),
+    'joint sum': joint(True),
+    'attend': (lambda x, a: attention(x, a, True), lambda x, a: attention(x, a, False)),
+    'turned': (lambda x, a: channels_to_front(channels_to_end(x).square() * a), lambda x, a: x.square() * a),
+}
+
+
+def windows(pool: Callable[..., Tensor]) -> Call:
+    return lambda x, a: (pool(x * a) * a).square()
+
+
+PAIRS['windows'] = windows(lambda x: window_means(x, 2)), windows(lambda x: F.avg_pool2d(x, 2, ceil_mode=True))
+each_pair = pytest.mark.parametrize('pair', PAIRS.values(), ids=PAIRS)
 
 
 @pytest.fixture(params=[1, 2 * math.prod(SHAPE[1:]), 2**18], ids=['an image', 'two images', 'all'])
@@ -56,13 +108,14 @@ def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize('layout', LAYOUTS, ids=str)
-@pytest.mark.parametrize('dim', DIMS, ids=str)
+@each_pair
 def test_first_and_second_derivatives_are_those_of_the_equation(
-    chunk: None, dim: list[int], layout: torch.memory_format
+    chunk: None, pair: tuple[Call, Call], layout: torch.memory_format
 ) -> None:
-    x, a, weight = example(layout=layout), numbers(5, 1, 1, 1), numbers(*SHAPE, seed=2)
+    x, a = example(layout=layout), numbers(5, 1, 1, 1)
+    weight = numbers(*pair[0](x, a).shape, seed=2)
     found: list[list[Tensor]] = []
-    for call in (ours(dim), plain(dim)):
+    for call in pair:
         y = call(x, a)
         first = torch.autograd.grad(y, (x, a), weight, retain_graph=True)
         again = torch.autograd.grad(y, (x, a), weight, create_graph=True)
@@ -70,14 +123,15 @@ def test_first_and_second_derivatives_are_those_of_the_equation(
         found.append([y, *first, *again, *second])
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-    assert found[0][0].is_contiguous(memory_format=layout) and found[0][1].is_contiguous(memory_format=layout)
+    if pair not in [PAIRS[name] for name in ('attend', 'turned', 'windows')]:
+        assert found[0][0].is_contiguous(memory_format=layout) and found[0][1].is_contiguous(memory_format=layout)
 
 
-@pytest.mark.parametrize('dim', DIMS, ids=str)
-def test_derivatives_equal_finite_differences(dim: list[int]) -> None:
+@each_pair
+def test_derivatives_equal_finite_differences(pair: tuple[Call, Call]) -> None:
     x, a = numbers(*SHAPE), numbers(5, 1, 1, 1, seed=2)
-    assert gradcheck(ours(dim), (x, a), fast_mode=True)
-    assert gradgradcheck(ours(dim), (x, a), fast_mode=True)
+    assert gradcheck(pair[0], (x, a), fast_mode=True)
+    assert gradgradcheck(pair[0], (x, a), fast_mode=True)
 
 
 @pytest.mark.parametrize(('name', 'args'), [('se', {}), ('cbam', {'kernel_size': 3}), ('triplet', {'kernel_size': 3})])
@@ -94,11 +148,11 @@ def test_attentions_have_second_derivatives(name: str, args: dict[str, Any]) -> 
     assert gradgradcheck(call, (numbers(1, 16, 3, 2), *values), fast_mode=True)
 
 
-@pytest.mark.parametrize('dim', DIMS, ids=str)
-def test_batched_gradients_transforms_and_forward_mode(dim: list[int]) -> None:
+@each_pair
+def test_batched_gradients_transforms_and_forward_mode(pair: tuple[Call, Call]) -> None:
     x, a = example(), numbers(5, 1, 1, 1)
     t, u = numbers(*SHAPE, seed=3).detach(), numbers(5, 1, 1, 1, seed=4).detach()
-    batch = torch.stack([t, -2 * t, t * t])
+    batch = torch.stack([numbers(*pair[0](x, a).shape, seed=5).detach() * s for s in (1, -2, 0.5)])
 
     def tangent(call: Callable[..., Tensor]) -> Tensor:
         with forward_ad.dual_level():
@@ -120,7 +174,7 @@ def test_batched_gradients_transforms_and_forward_mode(dim: list[int]) -> None:
             tangent(call),
         ]
 
-    for got, want in zip(all_ways(ours(dim)), all_ways(plain(dim)), strict=True):
+    for got, want in zip(*map(all_ways, pair), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
@@ -133,7 +187,7 @@ def test_gradient_of_a_maximum_is_shared_by_its_ties() -> None:
     assert y.grad is not None and y.grad.tolist() == [[[[0.25, 0.25], [0.25, 0.25]]]]
 
 
-@pytest.mark.parametrize('name', ['se', 'cbam', 'triplet', 'bam', 'scse'])
+@pytest.mark.parametrize('name', ['se', 'cbam', 'triplet', 'bam', 'scse', 'coord', 'scsa', 'gam'])
 def test_nan_comes_out_of_both_passes(name: str) -> None:
     attn = create_attn(name, 16).eval()
     x = numbers(2, 16, 4, 5, dtype=torch.float32).detach()
@@ -226,8 +280,9 @@ def test_bfloat16_gradients_of_few_rows_hold_nothing_that_was_left_in_memory(row
     assert not got[1][:, :, : 4 - rows].any() and not got[1][:, :, 3 + rows :].any()
 
 
-def test_training_keeps_the_map_once_and_not_its_gates() -> None:
-    """Of a map that a network keeps anyway, triplet keeps nothing of its size beside."""
+@pytest.mark.parametrize('name', ['triplet', 'coord', 'scse', 'bam'])
+def test_training_keeps_the_map_once_and_not_its_gates(name: str) -> None:
+    """Of a map that a network keeps anyway, these keep nothing of its size beside."""
     x = numbers(4, 64, 16, 16, dtype=torch.float32)
     sizes: dict[int, int] = {}
 
@@ -237,7 +292,7 @@ def test_training_keeps_the_map_once_and_not_its_gates() -> None:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = create_attn('triplet', 64)(x)
+        y = create_attn(name, 64)(x)
     assert list(sizes) == [x.data_ptr()]
     y.sum().backward()
 

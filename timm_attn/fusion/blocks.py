@@ -17,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..injection import gate_of_output
 from ..layers import BAM, GateConv, GateForm, GroupNorm, SelectiveKernel
-from ..layers import gated as gated  # TorchScript looks the names in BAM's forward up here
+from ..layers import jointly_gated as jointly_gated  # TorchScript looks the names in BAM's forward up here
 from ..models.sk_resnet import SKBottleneck
 from . import kernels
 from .compile import compiler_works

@@ -20,24 +20,29 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.grad import conv2d_weight
 
+from ._precision import matmul_upcast, upcast
+
 CHUNK = 2**18  # values of a map that are worked on at once, but at least one image's
 
 
-def _differentiated(x: Tensor) -> bool:
-    """Whether backward will come on a CPU, and nothing else: no tracing, no compiling, no other derivatives.
+def _executed(x: Tensor) -> bool:
+    """Whether x is on a CPU and has data: no tracing, no compiling, no derivatives but backward's.
 
-    A GPU has no use for it: many small kernels take longer there than another pass over the map.
+    A GPU has no use for what is here: many small kernels take longer there than another pass over the map.
     """
     return (
-        torch.is_grad_enabled()
-        and x.device.type == 'cpu'
-        and x.requires_grad
+        x.device.type == 'cpu'
         and type(x) is Tensor
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
+
+
+def _differentiated(x: Tensor) -> bool:
+    """Whether backward will come, and nothing else."""
+    return torch.is_grad_enabled() and x.requires_grad and _executed(x)
 
 
 def _in_place(*grads: Tensor) -> bool:
@@ -135,6 +140,102 @@ def _sum(out: Tensor, parts: list[Tensor]) -> Tensor:
     return out
 
 
+class _Crossed(torch.autograd.Function):
+    """x times a gate of rows times a gate of columns, whose product, a map, it does not keep."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Tensor) -> Tensor:
+        x, rows, columns = given
+        ctx.save_for_backward(*given)
+        y = torch.empty_like(x)
+        for out, values, r, c in _chunks(y, x, rows, columns):
+            torch.mul(r, c, out=out).mul_(values)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        (grad,), (x, rows, columns) = grads, ctx.saved_tensors
+        if not _in_place(grad):
+            product = grad * x
+            of_gates = (product * columns).sum(3, keepdim=True), (product * rows).sum(2, keepdim=True)
+            return grad * (rows * columns), *of_gates
+        of_x, of_rows, of_columns = [torch.empty_like(t) for t in (x, rows, columns)]
+        for out, g, values, r, c, of_r, of_c in _chunks(of_x, grad, x, rows, columns, of_rows, of_columns):
+            product = g * values
+            torch.sum(torch.mul(product, c, out=out), 3, keepdim=True, out=of_r)
+            torch.sum(product.mul_(r), 2, keepdim=True, out=of_c)
+            torch.mul(r, c, out=out).mul_(g)
+        return of_x, of_rows, of_columns
+
+
+class _Larger(torch.autograd.Function):
+    """The larger of x times one gate and x times another. As that of `maximum`, ties share the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Tensor) -> Tensor:
+        x, a, b = given
+        ctx.save_for_backward(*given)
+        y = torch.empty_like(x)
+        for out, values, one, other in _chunks(y, x, a, b):
+            torch.maximum(torch.mul(values, one, out=out), values * other, out=out)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        (grad,), (x, a, b) = grads, ctx.saved_tensors
+        if not _in_place(grad):
+            of_a = grad * _share(x.detach() * a.detach(), x.detach() * b.detach())
+            of_b = grad - of_a
+            return of_a * a + of_b * b, (of_a * x).sum_to_size(a.shape), (of_b * x).sum_to_size(b.shape)
+        results = [torch.empty_like(t) for t in (x, a, b)]
+        for out, g, values, one, other, of_one, of_other in _chunks(results[0], grad, x, a, b, *results[1:]):
+            rest = values * other
+            share = _share(values * one, rest).mul_(g)
+            torch.sub(g, share, out=rest)
+            of_one.copy_(torch.mul(share, values, out=out).sum_to_size(of_one.shape))
+            of_other.copy_(torch.mul(rest, values, out=out).sum_to_size(of_other.shape))
+            torch.mul(share, one, out=out).addcmul_(rest, other)
+        return tuple(results)
+
+
+def _share(x: Tensor, other: Tensor) -> Tensor:
+    """1 where x is larger, 0.5 where they are equal, 0 elsewhere; x is overwritten."""
+    return x.sub_(other).sign_().add_(1).mul_(0.5)
+
+
+class _Joint(torch.autograd.Function):
+    """x times 1 + sigmoid of the product or sum of a gate of channels and one of pixels, a map it does not keep."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        x, channels, pixels, ctx.add, ctx.gain = given
+        ctx.save_for_backward(x, channels, pixels)
+        y = torch.empty_like(x)
+        join = torch.add if ctx.add else torch.mul
+        for out, values, c, p in _chunks(y, x, channels, pixels):
+            join(c, p, out=out).sigmoid_().add_(1).mul_(ctx.gain).mul_(values)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (x, channels, pixels) = grads, ctx.saved_tensors
+        join = torch.add if ctx.add else torch.mul
+        if not _in_place(grad):
+            s = join(channels, pixels).sigmoid()
+            slope = grad * x * s * (1 - s) * ctx.gain
+            parts = (slope, slope) if ctx.add else (slope * pixels, slope * channels)
+            of_gates = parts[0].sum((2, 3), keepdim=True), parts[1].sum(1, keepdim=True)
+            return grad * ((1 + s) * ctx.gain), *of_gates, None, None
+        results = [torch.empty_like(t) for t in (x, channels, pixels)]
+        for out, g, values, c, p, of_c, of_p in _chunks(results[0], grad, x, channels, pixels, *results[1:]):
+            s = join(c, p).sigmoid_()
+            slope = torch.ops.aten.sigmoid_backward(torch.mul(g, values, out=out).mul_(ctx.gain), s)
+            torch.sum(slope if ctx.add else torch.mul(slope, p, out=out), (2, 3), keepdim=True, out=of_c)
+            torch.sum(slope if ctx.add else slope.mul_(c), 1, keepdim=True, out=of_p)
+            torch.mul(s.add_(1).mul_(ctx.gain), g, out=out)
+        return *results, None, None
+
+
 class _Conv(torch.autograd.Function):
     """A convolution whose gradient is the convolution with the mirrored kernel, where torch's own is far slower."""
 
@@ -152,7 +253,100 @@ class _Conv(torch.autograd.Function):
         return of_x, conv2d_weight(x, weight.shape, grad, padding=padding)
 
 
+class _Attended(torch.autograd.Function):
+    """Attention that keeps no matrix, by the operation of torch that `scaled_dot_product_attention` takes on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        *inputs, ctx.scale = given
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        y, total = attend(*map(_dense, inputs), scale=ctx.scale)
+        ctx.save_for_backward(*inputs, y, total)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,), (q, k, v, y, total) = grads, ctx.saved_tensors
+        if _in_place(grad):
+            backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+            return *backward(*map(_dense, (grad, q, k, v)), y, total, 0.0, False, scale=ctx.scale), None
+        matrix = _matrix(q, k, ctx.scale)
+        of_matrix = grad @ v.mT
+        of_energy = matrix * (of_matrix - (of_matrix * matrix).sum(3, keepdim=True)) * ctx.scale
+        return of_energy @ k, of_energy.mT @ q, matrix.mT @ grad, None
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x with a stride of 1 at the end, also where the last dimension is of size 1 and any stride would do."""
+    return x.flatten().view(x.shape)
+
+
+def _matrix(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    return (matmul_upcast(q, k.transpose(2, 3)) * scale).softmax(3)
+
+
+class _WindowMeans(torch.autograd.Function):
+    """`avg_pool2d`, of whose input the gradient takes the shape only."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        x, ctx.window = given
+        ctx.shape = x.shape
+        return F.avg_pool2d(x, ctx.window, ceil_mode=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,), window = grads, [ctx.window, ctx.window]
+        like = torch.empty((), dtype=grad.dtype, device=grad.device).expand(ctx.shape)
+        return torch.ops.aten.avg_pool2d_backward(grad, like, window, window, [0, 0], True, True, None), None
+
+
+class _Turned(torch.autograd.Function):
+    """A map with its channels last, or with its channels first again."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        x, ctx.last = given
+        rows = x.flatten(2) if ctx.last else x.flatten(1, 2)  # (N, C, H W) or (N, H W, C)
+        y = rows.new_empty(rows.mT.shape)
+        # Matrix by matrix: torch copies one by blocks, and several number by number.
+        for out, values in zip(y, rows, strict=True):
+            out.copy_(values.mT)
+        return y.unflatten(1, x.shape[2:]) if ctx.last else y.unflatten(2, x.shape[1:3])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _turned(grads[0], not ctx.last), None
+
+
 # Leaf functions, as those of `_precision`.
+@torch.fx.wrap
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    q, k, v = upcast(q), upcast(k), upcast(v)
+    if torch.jit.is_scripting():
+        return matmul_upcast(_matrix(q, k, scale), v)
+    if _executed(q) and q.numel() > 0:
+        return _Attended.apply(q, k, v, scale)
+    return matmul_upcast(_matrix(q, k, scale), v)
+
+
+@torch.fx.wrap
+def _window_means(x: Tensor, window: int) -> Tensor:
+    if torch.jit.is_scripting():
+        return F.avg_pool2d(x, window, ceil_mode=True)
+    return _WindowMeans.apply(x, window) if _differentiated(x) else F.avg_pool2d(x, window, ceil_mode=True)
+
+
+@torch.fx.wrap
+def _turned(x: Tensor, last: bool) -> Tensor:
+    turned = x.permute(0, 2, 3, 1) if last else x.permute(0, 3, 1, 2)
+    if torch.jit.is_scripting():
+        return turned
+    # Not for many gradients at once.
+    turns = _executed(x) and torch._C._has_storage(x) and x.is_contiguous()
+    return _Turned.apply(x, last) if turns else turned
+
+
 @torch.fx.wrap
 def _mean(x: Tensor, dim: list[int], keepdim: bool) -> Tensor:
     if torch.jit.is_scripting():
@@ -180,9 +374,36 @@ def _gated(x: Tensor, gates: list[Tensor], gain: float) -> Tensor:
         gates = [gate * gain for gate in gates]
     if torch.jit.is_scripting():
         return x * _total(gates)
-    if _differentiated(x) and all(g.requires_grad and g.dtype == x.dtype and g.dim() == x.dim() for g in gates):
-        return _Gated.apply(x, *gates)
-    return x * _total(gates)
+    return _Gated.apply(x, *gates) if _fit(x, gates) else x * _total(gates)
+
+
+def _fit(x: Tensor, gates: list[Tensor]) -> bool:
+    """Whether backward will come, for gates of x's kind."""
+    fit = [g.requires_grad and g.dtype == x.dtype and g.dim() == x.dim() for g in gates]
+    return _differentiated(x) and all(fit)
+
+
+@torch.fx.wrap
+def _crossed(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    if torch.jit.is_scripting():
+        return x * (rows * columns)
+    return _Crossed.apply(x, rows, columns) if _fit(x, [rows, columns]) else x * (rows * columns)
+
+
+@torch.fx.wrap
+def _jointly_gated(x: Tensor, channels: Tensor, pixels: Tensor, add: bool, gain: float) -> Tensor:
+    if torch.jit.is_scripting():
+        return x * ((1 + (channels + pixels if add else channels * pixels).sigmoid()) * gain)
+    if _fit(x, [channels, pixels]):
+        return _Joint.apply(x, channels, pixels, add, gain)
+    return x * ((1 + (channels + pixels if add else channels * pixels).sigmoid_()) * gain)
+
+
+@torch.fx.wrap
+def _larger(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    if torch.jit.is_scripting():
+        return torch.maximum(x * a, x * b)
+    return _Larger.apply(x, a, b) if _fit(x, [a, b]) else torch.maximum(x * a, x * b)
 
 
 def _total(gates: list[Tensor]) -> Tensor:
@@ -283,6 +504,81 @@ def gated(x: Tensor, gates: list[Tensor], gain: float = 1.0) -> Tensor:
         gain: What each gate is multiplied by.
     """
     return _gated(x, gates, gain)
+
+
+def crossed(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """`x * (rows * columns)`.
+
+    Args:
+        x: (N, C, H, W).
+        rows: (N, C, H, 1).
+        columns: (N, C, 1, W).
+    """
+    return _crossed(x, rows, columns)
+
+
+def jointly_gated(x: Tensor, channels: Tensor, pixels: Tensor, add: bool, gain: float) -> Tensor:
+    """`x * ((1 + s(m)) * gain)` with m = channels * pixels, or their sum.
+
+    Args:
+        x: (N, C, H, W).
+        channels: (N, C, 1, 1).
+        pixels: (N, 1, H, W).
+        add: Take the sum.
+        gain: What the gate is multiplied by.
+    """
+    return _jointly_gated(x, channels, pixels, add, gain)
+
+
+def larger(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`torch.maximum(x * a, x * b)`.
+
+    Args:
+        x: Any map.
+        a: A gate, of as many dimensions, some of them 1.
+        b: Another.
+    """
+    return _larger(x, a, b)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """softmax(q kᵀ scale) v in float32 (float64 stays), whose matrix is not kept.
+
+    Args:
+        q: (N, heads, L, d).
+        k: (N, heads, L, d).
+        v: (N, heads, L, d).
+        scale: Of the energies.
+    """
+    return _attend(q, k, v, scale)
+
+
+def window_means(x: Tensor, window: int) -> Tensor:
+    """`F.avg_pool2d(x, window, ceil_mode=True)`.
+
+    Args:
+        x: (N, C, H, W).
+        window: Side of the windows.
+    """
+    return _window_means(x, window)
+
+
+def channels_to_end(x: Tensor) -> Tensor:
+    """`x.permute(0, 2, 3, 1)`, for layers that act on the last dimension.
+
+    Args:
+        x: (N, C, H, W).
+    """
+    return _turned(x, True)
+
+
+def channels_to_front(x: Tensor) -> Tensor:
+    """`x.permute(0, 3, 1, 2)`.
+
+    Args:
+        x: (N, H, W, C).
+    """
+    return _turned(x, False)
 
 
 def with_rows(x: Tensor, weight: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Attention, Gate, check_choice, rd_ratio_of, reduced_channels
-from ._gate import gated, mean
+from ._gate import jointly_gated, mean
 from ._registry import register_attn
 
 
@@ -117,9 +117,8 @@ class BAM(Attention):
         return u
 
     def forward(self, x: Tensor) -> Tensor:
-        mc, ms = self.channel_branch(x), self.spatial_branch(x)
-        m = mc + ms if self.add else mc * ms  # (N, C, H, W)
-        return gated(x, [1 + m.sigmoid_()], self.gain)
+        # Both branches meet in a gate for each number of the map.
+        return jointly_gated(x, self.channel_branch(x), self.spatial_branch(x), self.add, self.gain)
 
     @classmethod
     def options_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:

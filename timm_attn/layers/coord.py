@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._base import Attention, Gate
-from ._gate import gated, mean
+from ._gate import crossed, mean
 from ._registry import register_attn
 
 
@@ -86,7 +86,7 @@ class CoordAttention(Attention):
 
     def forward(self, x: Tensor) -> Tensor:
         a_h, a_w = self.row_and_column_gates(x)
-        return gated(x, [a_h * (a_w * self.gain)])
+        return crossed(x, a_h, a_w * self.gain)
 
     @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:

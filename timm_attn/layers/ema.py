@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Attention, Gate
-from ._gate import gated, mean
+from ._gate import crossed, gated, mean
 from ._norm import GroupNorm
 from ._precision import matmul_upcast, upcast
 from ._registry import register_attn
@@ -80,7 +80,7 @@ class EMA(Attention):
         v = x.unflatten(1, (self.groups, -1)).flatten(0, 1)  # (N g, c, H, W)
         strip = torch.cat([mean(v, [3]), mean(v, [2])], dim=2).unsqueeze(3)  # (N g, c, H + W, 1)
         u_h, u_w = self.conv1x1(strip).sigmoid().split([h, w], dim=2)
-        v1 = self.gn(v * u_h * u_w.transpose(2, 3))  # (N g, c, H, W)
+        v1 = self.gn(crossed(v, u_h, u_w.transpose(2, 3)))  # (N g, c, H, W)
         v2 = self.conv3x3(v)  # (N g, c, H, W)
         w1 = mean(upcast(v1), [2, 3]).softmax(1).unsqueeze(1)  # (N g, 1, c)
         w2 = mean(upcast(v2), [2, 3]).softmax(1).unsqueeze(1)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._base import Attention, Gate, check_choice, rd_ratio_of, reduced_channels
-from ._gate import first_rows, gated, with_rows
+from ._gate import channels_to_end, channels_to_front, first_rows, gated, with_rows
 from ._registry import register_attn
 
 
@@ -114,7 +114,7 @@ class GAM(Attention):
 
     def pixel_gate(self, x: Tensor) -> Tensor:
         """The gate by channels, of each pixel on its own: (N, C, H, W)."""
-        a = self.fc2(self.fc1(x.permute(0, 2, 3, 1)).relu()).permute(0, 3, 1, 2)  # (N, C, H, W)
+        a = channels_to_front(self.fc2(self.fc1(channels_to_end(x)).relu()))  # (N, C, H, W)
         return a if self.channel_gate is None else a.sigmoid()
 
     def spatial_gate(self, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._base import Attention, Gate
-from ._gate import GateConv, mean
+from ._gate import GateConv, attend, crossed, mean, window_means
 from ._norm import GroupNorm
 from ._precision import matmul_upcast, upcast
 from ._registry import register_attn
@@ -42,7 +42,7 @@ def _cells(x: Tensor, window: int) -> tuple[Tensor, Tensor]:
         inside = F.avg_pool2d(F.pad(x.new_ones(1, 1, h, w), pad), window)  # share of each window in the map
         y = F.avg_pool2d(F.pad(x, pad), window) / inside.clamp(min=1 / (2 * window * window))
     else:
-        y = F.avg_pool2d(x, window, ceil_mode=True)
+        y = window_means(x, window)
     row, column = torch.arange(y.shape[2], device=x.device), torch.arange(y.shape[3], device=x.device)
     rows, columns = ((row + 1) * window <= h) | (row == 0), ((column + 1) * window <= w) | (column == 0)
     return y, (rows[:, None] & columns).to(x.dtype)
@@ -121,6 +121,7 @@ class SCSA(Attention):
         if window_size < 1:
             raise ValueError(f'window_size (={window_size}) must be positive.')
         self.num_heads, self.window_size = num_heads, window_size
+        self.scale = (channels // num_heads) ** -0.5
         part = channels // 4
         self.conv3 = nn.Conv1d(part, part, 3, padding=1, groups=part, **dd)
         self.conv5 = nn.Conv1d(part, part, 5, padding=2, groups=part, **dd)
@@ -146,34 +147,39 @@ class SCSA(Attention):
         return torch.cat([self.conv3(a), self.conv5(b), self.conv7(c), self.conv9(d)], 1)
 
     def row_and_column_gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The gates of rows (N, C, H) and of columns (N, C, W)."""
+        """The gates of rows (N, C, H, 1) and of columns (N, C, 1, W)."""
         a_h = self.norm_h(self.neighbours(mean(x, [3]))).sigmoid()  # (N, C, H)
         a_w = self.norm_w(self.neighbours(mean(x, [2]))).sigmoid()  # (N, C, W)
-        return a_h.to(x.dtype), a_w.to(x.dtype)
+        return a_h.to(x.dtype)[:, :, :, None], a_w.to(x.dtype)[:, :, None]
 
-    def matrix_and_channel_gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """How much of each channel each takes (N, heads, d, d), and the gate of channels."""
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values of channels (N, heads, d, cells), and how many cells count."""
         y, counts = _cells(upcast(x), self.window_size)
         y = self.norm(y, counts).to(self.q.weight.dtype)  # (N, C, rows, columns), 0 where none counts
         heads = (self.num_heads, -1)
         q = self.q(y).flatten(2).unflatten(1, heads)  # (N, heads, d, cells)
         k = self.k(y).flatten(2).unflatten(1, heads)
         v = self.v(y).flatten(2).unflatten(1, heads)
-        energy = matmul_upcast(q, k.transpose(2, 3)) * (x.shape[1] // self.num_heads) ** -0.5
-        matrix = energy.softmax(3)  # (N, heads, d, d)
-        o = matmul_upcast(matrix, v).sum(3) / counts.sum()  # (N, heads, d)
-        return matrix, o.sigmoid().flatten(1)[:, :, None, None].to(x.dtype)  # (N, C, 1, 1)
+        return q, k, v, counts.sum()
+
+    def channel_gate(self, x: Tensor) -> Tensor:
+        """The gate of channels (N, C, 1, 1)."""
+        q, k, v, cells = self.qkv(x)
+        o = attend(q, k, v, self.scale).sum(3) / cells  # (N, heads, d)
+        return o.sigmoid().flatten(1)[:, :, None, None].to(x.dtype)  # (N, C, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         a_h, a_w = self.row_and_column_gates(x)
-        gate = a_h[:, :, :, None] * a_w[:, :, None]  # (N, C, H, W)
-        channel = self.matrix_and_channel_gate(x * gate)[1]
+        channel = self.channel_gate(crossed(x, a_h, a_w))
         # Gates meet each other before x, so that small numbers of half precision come back whole from the identity.
-        return x * (gate * (channel * self.gain))
+        return crossed(x, a_h * (channel * self.gain), a_w)
 
     @torch.jit.ignore()
     def gates(self, x: Tensor) -> dict[str, Tensor]:
         """'hc' (N, H, C), 'cw' (N, C, W), 'matrix' (N, heads, d, d) and 'channel' (N, C)."""
         a_h, a_w = self.row_and_column_gates(x)
-        matrix, channel = self.matrix_and_channel_gate(x * a_h[:, :, :, None] * a_w[:, :, None])
-        return {'channel': channel.flatten(1), 'hc': a_h.transpose(1, 2), 'cw': a_w, 'matrix': matrix}
+        x = crossed(x, a_h, a_w)
+        q, k, _, _ = self.qkv(x)
+        matrix = (matmul_upcast(q, k.transpose(2, 3)) * self.scale).softmax(3)
+        channel = self.channel_gate(x).flatten(1)
+        return {'channel': channel, 'hc': a_h.squeeze(3).transpose(1, 2), 'cw': a_w.squeeze(2), 'matrix': matrix}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Attention, Gate, check_choice, rd_ratio_of, reduced_channels
-from ._gate import gated, mean
+from ._gate import gated, larger, mean
 from ._registry import register_attn
 
 
@@ -87,7 +87,7 @@ class SCSE(Attention):
         if self.add:
             return gated(x, [a, g], self.gain)
         # In the neutral state all elements are ties, of which maximum() gives half the gradient to either side.
-        return torch.maximum(gated(x, [a], self.gain), gated(x, [g], self.gain))
+        return larger(x, a * self.gain, g * self.gain)
 
     @classmethod
     def options_of(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
