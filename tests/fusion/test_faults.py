@@ -24,7 +24,15 @@ from .support import build as build_wide
 from .support import check_equal, images, step
 
 # One of each way to compute a block.
-FEW = ['se_resnet18', 'cbam_resnet18', 'triplet_resnet18', 'bam_resnet18', 'csa_resnet18', 'sk_resnet50']
+FEW = [
+    'se_resnet18',
+    'cbam_resnet18',
+    'triplet_resnet18',
+    'bam_resnet18',
+    'csa_resnet18',
+    'scse_resnet18',
+    'sk_resnet50',
+]
 
 
 def build(name: str, **kwargs: Any) -> nn.Module:

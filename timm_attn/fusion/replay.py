@@ -1,7 +1,8 @@
-"""Attention that leaves no trace: its forward pass is run again, with a graph, in the backward pass.
+"""Attention that leaves little: its graph where that keeps little besides its input, which is made again.
 
-Only for a module whose forward pass depends on its input, parameters, buffers and modes alone, and changes nothing but
-running statistics: its class says so (`recomputable`).
+Where it would keep more, the forward pass is run again, with a graph, in the backward pass. So only for a module whose
+forward pass depends on its input, parameters, buffers and modes alone, and changes nothing but running statistics: its
+class says so (`recomputable`).
 """
 
 import contextlib
@@ -20,6 +21,10 @@ from .kernels import Affine, Norm
 # A value that takes fewer multiply-adds than this is made again; others are kept. Reading and writing one costs about
 # as much time, on any machine on which arithmetic is cheaper than memory.
 _CHEAP = 128
+
+
+# What a graph may keep besides the module's inputs, over the size of these.
+_LITTLE = 1 / 2
 
 
 def _costly(m: nn.Module) -> bool:
@@ -79,8 +84,105 @@ class _RecordingLinear(_Recording, nn.Linear):
 _RECORDING: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: _RecordingConv2d, nn.Linear: _RecordingLinear}
 
 
+class _Box:
+    """What goes into a graph and comes out of it while it runs. The graph holds the box, which knows nothing of it."""
+
+    inputs: Sequence[Tensor] = ()
+    saved: Sequence[Tensor] = ()
+    g: Tensor | None = None
+    gx: Sequence[Tensor | None] = ()
+
+
+class _Enter(torch.autograd.Function):
+    """The start of a graph that holds no inputs: their gradients go into the box."""
+
+    @staticmethod
+    def forward(ctx: Any, box: _Box, start: Tensor, *x: Tensor) -> tuple[Tensor, ...]:
+        ctx.box = box
+        ctx.set_materialize_grads(False)
+        return tuple([t.detach() for t in x])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+        ctx.box.gx = grads
+        return None, None, *(None for _ in grads)
+
+
+class _Leave(torch.autograd.Function):
+    """The end of a graph that holds no output: the gradient of that comes from the box."""
+
+    @staticmethod
+    def forward(ctx: Any, box: _Box, y: Tensor) -> Tensor:
+        ctx.box = box
+        return y.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, ctx.box.g
+
+
+class _Graph:
+    """The way back through a module that holds no tensors: what it saves is handed out, and given again.
+
+    Args:
+        leaves: Its parameters.
+    """
+
+    def __init__(self, leaves: Sequence[Tensor]) -> None:
+        self.leaves = leaves
+        self.saved: list[Tensor] = []
+        self.box = _Box()
+        self.start = torch.zeros((), requires_grad=True)
+
+    def forward(self, module: nn.Module, x: Sequence[Tensor]) -> Tensor:
+        """The module's output for its inputs."""
+        inputs = {t.untyped_storage().data_ptr(): i for i, t in enumerate(x)}
+        box, saved = self.box, self.saved
+
+        def pack(t: Tensor) -> tuple[Any, ...]:
+            i = inputs.get(t.untyped_storage().data_ptr())
+            if i is not None:
+                return i, t.shape, t.stride(), t.storage_offset()
+            saved.append(t.detach())
+            return (len(saved) - 1,)
+
+        # The hooks know nothing of what holds the graph, which holds them: nobody would free that ring.
+        def unpack(packed: tuple[Any, ...]) -> Tensor:
+            i, *view = packed
+            return box.inputs[i].as_strided(*view) if view else box.saved[i]
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            y = module(*cast(tuple[Tensor, ...], _Enter.apply(box, self.start, *x)))
+            self.end, self.dtype = cast(Tensor, _Leave.apply(box, y)), y.dtype
+        return y.detach()
+
+    def keeps_little(self, x: Sequence[Tensor]) -> bool:
+        """What it saves is little beside its inputs."""
+        kept = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in self.saved)}
+        for p in self.leaves:
+            kept.pop(p.untyped_storage().data_ptr(), None)
+        return sum(kept.values()) <= _LITTLE * sum(t.nbytes for t in x)
+
+    def backward(
+        self, g: Tensor, x: Sequence[Tensor], saved: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+        """Gradients of the inputs and of the leaves, None for what the output does not depend on."""
+        box, wanted = self.box, [p for p in self.leaves if p.requires_grad]
+        box.inputs, box.saved, box.g, box.gx = x, saved, g, [None] * len(x)
+        if not self.end.requires_grad:
+            return box.gx, [None] * len(wanted)
+        try:
+            # The graph is kept: whether there is another backward pass is for whoever keeps the tensors to say.
+            *grads, _ = torch.autograd.grad(
+                self.end, [*wanted, self.start], torch.ones_like(self.end), retain_graph=True, allow_unused=True
+            )
+            return box.gx, grads
+        finally:
+            vars(box).clear()
+
+
 class _Replay:
-    """Calls a module twice: in forward for its output, without a graph, and in backward for its gradients.
+    """Calls a module for its output, and again for its gradients where its graph would keep much.
 
     It calls twins of the module, which have its parameters and buffers: others may call the module meanwhile. What
     layers of much arithmetic give is kept from the first call.
@@ -96,19 +198,21 @@ class _Replay:
         self.device = device
         self.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         self.kept: list[tuple[Tensor, int]] = []
+        self.graph: _Graph | None = None
         self.recalled: Iterator[Tensor | None] | None = None
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         # Without autocast's cache: a cast made without gradients would be taken again where they are wanted.
         return torch.autocast(self.device, self.dtype, enabled=self.dtype is not None, cache_enabled=False)
 
-    def _twin(self, leaves: Sequence[Tensor] | None) -> nn.Module:
+    def _twin(self, leaves: Sequence[Tensor], again: bool = False) -> nn.Module:
         """The module in its modes of the forward pass.
 
         Args:
-            leaves: What stands for its parameters, while running statistics stay where they are; None for themselves.
+            leaves: What stands for its parameters.
+            again: Running statistics stay where they are.
         """
-        instead = dict(zip(map(id, self.module.parameters()), leaves or (), strict=False))
+        instead = dict(zip(map(id, self.module.parameters()), leaves, strict=True))
         twins: dict[nn.Module, nn.Module] = {}
         for m, mode in zip(self.module.modules(), self.modes, strict=True):
             twin = object.__new__(_RECORDING[type(m)] if _costly(m) else type(m))
@@ -119,26 +223,46 @@ class _Replay:
             }
             if isinstance(twin, _Recording):
                 twin.__dict__['tape'] = self
-            if leaves is not None and getattr(m, 'track_running_stats', False):
+            if again and getattr(m, 'track_running_stats', False):
                 twin.__dict__['track_running_stats'] = False
             twins[m] = twin
         for m, twin in twins.items():
             twin.__dict__['_modules'] = {k: None if c is None else twins[c] for k, c in m._modules.items()}
         return twins[self.module]
 
+    @staticmethod
+    def _leaves(params: Sequence[Tensor]) -> list[Tensor]:
+        return [p.detach().requires_grad_(p.requires_grad) for p in params]
+
     def output(self, layer: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """The output of a layer of a twin."""
         if self.recalled is None:
             y = call(x)
-            self.kept.append((y, y._version))
+            self.kept.append((y.detach(), y._version))
             return y
         y = next(self.recalled)
         return call(x) if y is None else cast(Tensor, _Recalled.apply(layer, y, x, layer.weight, layer.bias))
 
-    def forward(self, *x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-        """The output, which may be overwritten, and what `recompute` takes besides inputs and parameters."""
+    def forward(self, *x: Tensor, graph: bool = True) -> tuple[Tensor, list[Tensor | None]]:
+        """The output, which may be overwritten, and what is to be kept besides inputs and parameters.
+
+        Args:
+            *x: The inputs.
+            graph: Keep the graph where that keeps little: `recompute` is of no use then.
+        """
+        leaves = self._leaves(list(self.module.parameters()))
         with self._precision():
-            y = self._twin(None)(*x)
+            if graph:
+                made = _Graph(leaves)
+                y = made.forward(self._twin(leaves), x)
+                if made.keeps_little(x):
+                    self.graph, self.kept = made, []
+                    saved = [*made.saved]
+                    made.saved.clear()  # they are the caller's
+                    return y.clone() if any(_same_memory(t, y) for t in saved) else y, [*saved]
+                del made
+            else:
+                y = self._twin(leaves)(*x)
         # What has been overwritten is made again.
         outputs = [k if k._version == version else None for k, version in self.kept]
         self.kept, self.outputs = [], len(outputs)
@@ -161,10 +285,10 @@ class _Replay:
             saved: What `forward` gave besides the output.
         """
         self.x = [t.detach().requires_grad_() for t in x]
-        self.leaves = [p.detach().requires_grad_(p.requires_grad) for p in params]
+        self.leaves = self._leaves(params)
         self.recalled = iter(saved[: self.outputs])
         with torch.enable_grad(), self._precision():
-            self.y = self._twin(self.leaves)(*self.x)
+            self.y = self._twin(self.leaves, again=True)(*self.x)
         return self.y
 
     def backward(self, g: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -178,13 +302,40 @@ class _Replay:
         if self.y.requires_grad:
             # None for what the output does not depend on, as in torch.
             grads = torch.autograd.grad(self.y, wanted, g.to(self.y.dtype), allow_unused=True)
-        rest = iter(grads)
-        gx = [torch.zeros_like(t) if grad is None else grad for t, grad in zip(self.x, rest, strict=False)]
-        # The caller overwrites them: what hands g on, and what is expanded, is copied.
-        gx = [t.clone() if _same_memory(t, g) or torch._debug_has_internal_overlap(t) else t for t in gx]
-        gparams = [next(rest) if leaf.requires_grad else None for leaf in self.leaves]
+        found = _all(self.x, grads[: len(self.x)], g), _spread(self.leaves, grads[len(self.x) :])
+        self.recalled = iter(())
         del self.x, self.leaves, self.y
-        return gx, gparams
+        return found
+
+    def gradients(
+        self, g: Tensor, x: Sequence[Tensor], params: Sequence[Tensor], saved: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Gradients of the inputs and of each parameter.
+
+        Args:
+            g: Gradient of the output.
+            x: The inputs of the forward pass.
+            params: The module's parameters of the forward pass.
+            saved: What `forward` gave besides the output.
+        """
+        if self.graph is None:
+            self.recompute(x, params, saved)
+            return self.backward(g)
+        g = g.to(self.graph.dtype)
+        gx, gleaves = self.graph.backward(g, x, cast(Sequence[Tensor], saved))
+        return _all(x, gx, g), _spread(self.graph.leaves, gleaves)
+
+
+def _all(x: Sequence[Tensor], gx: Sequence[Tensor | None], g: Tensor) -> list[Tensor]:
+    """Gradients of all inputs, which the caller overwrites: what hands g on, and what is expanded, is copied."""
+    found = [torch.zeros_like(t) if grad is None else grad for t, grad in zip(x, gx, strict=True)]
+    return [t.clone() if _same_memory(t, g) or torch._debug_has_internal_overlap(t) else t for t in found]
+
+
+def _spread(leaves: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Those of the leaves that want one, and None for the others."""
+    rest = iter(grads)
+    return [next(rest) if leaf.requires_grad else None for leaf in leaves]
 
 
 class _AttendedSum(torch.autograd.Function):
@@ -208,8 +359,8 @@ class _AttendedSum(torch.autograd.Function):
         out, y, b, weight, a, center, spread, s, a1, keep, *rest = ctx.saved_tensors
         params, saved = rest[: ctx.params], rest[ctx.params :]
         g, *gshortcut = kernels.sum_backward(ctx.compiled, grads[0], out, Affine(s, a1))
-        ctx.replay.recompute(kernels.affine(ctx.compiled, Affine(y, a, b)), params, saved)
-        (gx,), gparams = ctx.replay.backward(g if keep is None else g * keep)
+        made = kernels.affine(ctx.compiled, Affine(y, a, b))
+        (gx,), gparams = ctx.replay.gradients(g if keep is None else g * keep, made, params, saved)
         bn = Norm(weight, ctx.eps, ctx.training, a, center, spread)
         gnorm = kernels.norm_relu_backward(ctx.compiled, gx, y, None, bn)
         return None, None, None, None, *gnorm, *gshortcut, *gparams
@@ -249,8 +400,7 @@ class _Attended(torch.autograd.Function):
     @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         y, *rest = ctx.saved_tensors
-        ctx.replay.recompute([y], rest[: ctx.params], rest[ctx.params :])
-        (gy,), gparams = ctx.replay.backward(grads[0])
+        (gy,), gparams = ctx.replay.gradients(grads[0], [y], rest[: ctx.params], rest[ctx.params :])
         return None, gy, *gparams
 
 
@@ -294,7 +444,7 @@ class _SelectConv(torch.autograd.Function):
             saved += [y, b, weight, a, center, spread]
             ctx.constants.append(constants)
         ctx.replay = _Replay(_Mix(sk), made[0].device.type)
-        mix, more = ctx.replay.forward(*made)
+        mix, more = ctx.replay.forward(*made, graph=False)
         ctx.save_for_backward(*saved, conv_weight, conv_bias, *params, *more)
         ctx.compiled, ctx.conv, ctx.params = compiled, after, len(params)
         return convolve(mix, after, conv_weight, conv_bias)
