@@ -114,8 +114,10 @@ def plan() -> Iterator[Cell]:
         for mode in MODES:
             for batch, size in ((4, 224), (1, 224), (16, 224), (4, 128), (4, 320)):
                 yield Cell(attn, mode, batch=batch, size=size, depth=18, peers=False)
+    for attn in (BASELINE, *usual[:2]):
+        yield Cell(attn, 'inference', layout='channels_last', compiled=COMPILED[:1], peers=False)
+    yield Cell('cbam', 'train', layout='channels_last', peers=False)
     for mode in MODES:
-        yield Cell('cbam', mode, layout='channels_last', peers=False)
         yield Cell('cbam', mode, depth=101, peers=False)
     for mode, batch, size in (('train', 1, 224), ('train', 4, 128), ('train', 4, 320), ('inference', 4, 320)):
         yield Cell('cbam', mode, batch=batch, size=size, peers=False)

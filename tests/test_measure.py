@@ -1,9 +1,23 @@
 """What `timm_attn.measure` counts, against counts by hand."""
 
+import pytest
+import timm
 import torch
 from torch import nn
 
-from timm_attn.measure import environment, kept_bytes
+import timm_attn
+from timm_attn.measure import count, environment, kept_bytes
+
+
+@pytest.mark.parametrize('name', sorted({*timm_attn.list_attn()} - {'sk'}))
+def test_counts_are_the_same_with_and_without_data(name: str) -> None:
+    """What computes in other operations than the equation's is counted as the equation."""
+    sizes = []
+    for device in ('cpu', 'meta'):
+        with torch.device(device):
+            model = timm_attn.inject(timm.create_model('resnet18'), name, start='paper', at=r'layer4\.1')
+        sizes.append(count(model, (3, 64, 64)))
+    assert sizes[0] == sizes[1]
 
 
 def test_kept_bytes_of_a_net_counted_by_hand() -> None:

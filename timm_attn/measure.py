@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from .fusion.compile import observe_kernels
+from .layers import as_written
 from .version import package_version
 
 
@@ -54,7 +55,7 @@ def count(model: nn.Module, input_size: Sequence[int]) -> dict[str, int]:
     training = model.training
     model.eval()
     x = torch.zeros(1, *input_size, device=device)
-    with torch.no_grad(), FlopCounterMode(display=False) as flops, Activations() as activations:
+    with as_written(), torch.no_grad(), FlopCounterMode(display=False) as flops, Activations() as activations:
         model(x)
     model.train(training)
     return {
