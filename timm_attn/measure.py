@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from .fusion.compile import observe_kernels
-from .layers import as_written
+from .layers import as_executed
 from .version import package_version
 
 
@@ -55,7 +55,7 @@ def count(model: nn.Module, input_size: Sequence[int]) -> dict[str, int]:
     training = model.training
     model.eval()
     x = torch.zeros(1, *input_size, device=device)
-    with as_written(), torch.no_grad(), FlopCounterMode(display=False) as flops, Activations() as activations:
+    with torch.no_grad(), FlopCounterMode(display=False) as flops, Activations() as activations:
         model(x)
     model.train(training)
     return {
@@ -154,7 +154,7 @@ def traffic_bytes(model: nn.Module, x: Tensor) -> int:
         x: Its input.
     """
     traffic = _Traffic()
-    with observe_kernels(lambda _, args, results: traffic.count((args, results))), traffic:
+    with as_executed(), observe_kernels(lambda _, args, results: traffic.count((args, results))), traffic:
         model(x).float().sum().backward()
     model.zero_grad()
     return traffic.bytes

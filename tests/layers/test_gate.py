@@ -22,6 +22,7 @@ from timm_attn.layers._gate import (
     larger,
     mean,
     pooled,
+    weighted_sum,
     window_means,
 )
 
@@ -98,6 +99,10 @@ def windows(pool: Callable[..., Tensor]) -> Call:
     return lambda x, a: (pool(x * a) * a).square()
 
 
+PAIRS['weighted sum'] = tuple(
+    lambda x, a, f=f: f(x.unflatten(1, (2, 2)), (x * a).mean((2, 3), keepdim=True).unflatten(1, (2, 2))).square()
+    for f in (weighted_sum, lambda x, w: (x * w).sum(2))
+)
 PAIRS['windows'] = windows(lambda x: window_means(x, 2)), windows(lambda x: F.avg_pool2d(x, 2, ceil_mode=True))
 each_pair = pytest.mark.parametrize('pair', PAIRS.values(), ids=PAIRS)
 
@@ -123,7 +128,7 @@ def test_first_and_second_derivatives_are_those_of_the_equation(
         found.append([y, *first, *again, *second])
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-    if pair not in [PAIRS[name] for name in ('attend', 'turned', 'windows')]:
+    if pair not in [PAIRS[name] for name in ('attend', 'turned', 'windows', 'weighted sum')]:
         assert found[0][0].is_contiguous(memory_format=layout) and found[0][1].is_contiguous(memory_format=layout)
 
 

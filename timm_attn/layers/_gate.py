@@ -26,18 +26,23 @@ from ._precision import matmul_upcast, upcast
 CHUNK = 2**18  # values of a map that are worked on at once, but at least one image's
 
 
-_as_written = False
+_watchers_see_equations = True
 
 
 @contextlib.contextmanager
-def as_written() -> Iterator[None]:
-    """Computes the equations' own operations meanwhile, for those who count them."""
-    global _as_written
-    before, _as_written = _as_written, True
+def as_executed() -> Iterator[None]:
+    """Shows those who watch each operation what is computed for others, and not the equation's operations."""
+    global _watchers_see_equations
+    before, _watchers_see_equations = _watchers_see_equations, False
     try:
         yield
     finally:
-        _as_written = before
+        _watchers_see_equations = before
+
+
+def _watched() -> bool:
+    """Somebody watches each operation, as those do who count them: what they count is the equation."""
+    return _watchers_see_equations and torch._C._len_torch_dispatch_stack() > 0
 
 
 def _executed(x: Tensor) -> bool:
@@ -47,9 +52,9 @@ def _executed(x: Tensor) -> bool:
     """
     return (
         x.device.type == 'cpu'
-        and not _as_written
         and type(x) is Tensor
         and not torch.compiler.is_compiling()
+        and not _watched()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
@@ -347,6 +352,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 @torch.fx.wrap
+def _weighted_sum(x: Tensor, weight: Tensor) -> Tensor:
+    if torch.jit.is_scripting():
+        return (x * weight).sum(2)
+    if not _executed(x):
+        return (x * weight).sum(2)
+    return matmul_upcast(weight.flatten(2).unsqueeze(2), x.flatten(3)).squeeze(2).unflatten(2, x.shape[3:])
+
+
+@torch.fx.wrap
 def _window_means(x: Tensor, window: int) -> Tensor:
     if torch.jit.is_scripting():
         return F.avg_pool2d(x, window, ceil_mode=True)
@@ -478,7 +492,7 @@ def _first_rows(x: Tensor, rows: int) -> Tensor:
 def _by_channel(x: Tensor, weight: Tensor) -> Tensor:
     if torch.jit.is_scripting():
         return F.conv2d(x, weight, groups=weight.shape[0])
-    elsewhere = torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != 'cpu' or _as_written
+    elsewhere = torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != 'cpu' or _watched()
     fits = x.dim() == 4 and x.shape[1] == weight.shape[0]  # a product would broadcast one channel
     if elsewhere or not fits or x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled('cpu'):
         return F.conv2d(x, weight, groups=weight.shape[0])
@@ -567,6 +581,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         scale: Of the energies.
     """
     return _attend(q, k, v, scale)
+
+
+def weighted_sum(x: Tensor, weight: Tensor) -> Tensor:
+    """`(x * weight).sum(2)`, by a product of matrices where that is faster.
+
+    Args:
+        x: (N, g, c, H, W).
+        weight: (N, g, c, 1, 1).
+    """
+    return _weighted_sum(x, weight)
 
 
 def window_means(x: Tensor, window: int) -> Tensor:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Attention, Gate
-from ._gate import gated, mean
-from ._precision import matmul_upcast, upcast
+from ._gate import gated, mean, weighted_sum
+from ._precision import upcast
 from ._registry import register_attn
 
 
@@ -74,8 +74,7 @@ class SGE(Attention):
         """One gate of pixels for each group of channels: (N, g, 1, H, W)."""
         m = x.shape[2] * x.shape[3]
         v = upcast(x).unflatten(1, (self.groups, -1))  # (N, g, c, H, W)
-        average = mean(v, [3, 4]).unsqueeze(2)  # (N, g, 1, c)
-        q = matmul_upcast(average, v.flatten(3)).unflatten(3, (x.shape[2], x.shape[3])).squeeze(2)  # (N, g, H, W)
+        q = weighted_sum(v, mean(v, [3, 4], keepdim=True))  # (N, g, H, W)
         q = q - q.mean((2, 3), keepdim=True)
         # Unbiased; one pixel has no spread, and 1 // m keeps the divisor from being 0.
         var = q.square().sum((2, 3), keepdim=True) / (m - 1 + 1 // m)  # (N, g, 1, 1)
