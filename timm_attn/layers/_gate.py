@@ -408,9 +408,9 @@ def _gated(x: Tensor, gates: list[Tensor], gain: float) -> Tensor:
 
 
 def _fit(x: Tensor, gates: list[Tensor]) -> bool:
-    """Whether backward will come, for gates of x's kind."""
-    fit = [g.requires_grad and g.dtype == x.dtype and g.dim() == x.dim() for g in gates]
-    return _differentiated(x) and all(fit)
+    """Whether backward will come for all of them, or none, for gates of x's kind."""
+    alike = all([g.dtype == x.dtype and g.dim() == x.dim() for g in gates])
+    return _executed(x) and alike and (not torch.is_grad_enabled() or all([t.requires_grad for t in (x, *gates)]))
 
 
 @torch.fx.wrap
