@@ -409,8 +409,8 @@ def _gated(x: Tensor, gates: list[Tensor], gain: float) -> Tensor:
 
 def _fit(x: Tensor, gates: list[Tensor]) -> bool:
     """Whether backward will come for all of them, or none, for gates of x's kind."""
-    alike = all([g.dtype == x.dtype and g.dim() == x.dim() for g in gates])
-    return _executed(x) and alike and (not torch.is_grad_enabled() or all([t.requires_grad for t in (x, *gates)]))
+    alike = all(g.dtype == x.dtype and g.dim() == x.dim() for g in gates)
+    return _executed(x) and alike and (not torch.is_grad_enabled() or all(t.requires_grad for t in (x, *gates)))
 
 
 @torch.fx.wrap

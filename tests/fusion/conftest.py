@@ -1,0 +1,13 @@
+"""What tests of compiled blocks share."""
+
+import pytest
+
+from timm_attn.fusion import blocks
+from timm_attn.fusion.compile import compiler_works
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiler_works('cpu'):
+        pytest.skip('no C++ compiler')
+    monkeypatch.setattr(blocks, 'SMALL', 0)  # small maps, too, in inference
