@@ -30,7 +30,7 @@ from timm_attn.layers import Attention
 RESULTS = Path(__file__).parent / 'results'
 INPUTS = ((1, 64, 64), (3, 224, 224), (2, 64, 128), (2, 160, 72), (1, 97, 131))
 # The smallest registered model of each attention, one block a stage: what is exported is the attention.
-RESNETS = {'gsop': 'gsop_resnet50', 'sk': 'sk_resnext50_32x4d'}
+RESNETS = {'sk': 'sk_resnext50_32x4d'} | {name: f'{name}_resnet50' for name in ('fca', 'gsop')}
 DIGITS = ('plain', 'se', 'cbam', 'bam', 'gam', 'eca', 'srm', 'triplet', 'csa')
 
 Run = Callable[[Tensor], Tensor]

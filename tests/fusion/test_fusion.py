@@ -109,19 +109,24 @@ def test_a_kernel_that_cannot_be_compiled_warns_once_and_computes_all_the_same()
     assert torch.equal(y, torch.full((3,), 4.0)) and torch.equal(again, y)
 
 
-def test_small_maps_take_the_ordinary_way_where_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(('name', 'side'), [('resnet18', 128), ('cbam_resnet18', 128), ('triplet_resnet18', 43)])
+def test_small_maps_take_the_ordinary_way_where_nothing_is_kept(
+    name: str, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(blocks, 'compiler_works', lambda device: True)
     results = Kernel._results
     monkeypatch.setattr(Kernel, '_results', lambda self, compiled, args: results(self, False, args))
-    block = cast(nn.Module, fuse(build('resnet18', torch.float32).eval()).get_submodule('layer1.0'))
+    block = cast(nn.Module, fuse(build(name, torch.float32).eval()).get_submodule('layer1.0'))
     called: list[Kernel] = []
     with observe_kernels(lambda k, *_: called.append(k)):
-        for side, kernels_are_called in ((127, False), (128, True)):
-            x = torch.randn(1, 64, side, 128)
+        for rows, kernels_are_called in ((side - 1, False), (side, True)):
+            x = torch.randn(1, 64, rows, 128)
             called.clear()
             with torch.no_grad():
                 block(x)
-            assert bool(called) == kernels_are_called  # 64 * 128 * 128 floats are four megabytes
+            assert (
+                bool(called) == kernels_are_called
+            )  # 64 * 128 * 128 floats are four megabytes; triplet pools along 3 dimensions
             block(x)
             assert called  # with gradients always
 

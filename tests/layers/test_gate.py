@@ -192,6 +192,13 @@ def test_gradient_of_a_maximum_is_shared_by_its_ties() -> None:
     assert y.grad is not None and y.grad.tolist() == [[[[0.25, 0.25], [0.25, 0.25]]]]
 
 
+def test_larger_of_two_infinities_has_the_gradient_of_torchs_maximum() -> None:
+    x = torch.tensor([math.inf, -math.inf, 2.0, -3.0]).reshape(1, 1, 2, 2).requires_grad_()
+    a, b = torch.full((1, 1, 1, 1), 0.25, requires_grad=True), torch.full((1, 1, 2, 2), 0.5, requires_grad=True)
+    found = [torch.autograd.grad(y.sum(), x)[0] for y in (larger(x, a, b), torch.maximum(x * a, x * b))]
+    assert torch.equal(*found) and found[0].flatten().tolist() == [0.375, 0.375, 0.5, 0.25]
+
+
 @pytest.mark.parametrize('name', ['se', 'cbam', 'triplet', 'bam', 'scse', 'coord', 'scsa', 'gam'])
 def test_nan_comes_out_of_both_passes(name: str) -> None:
     attn = create_attn(name, 16).eval()

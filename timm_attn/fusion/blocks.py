@@ -252,6 +252,12 @@ def _forward_of(ordinary: type[nn.Module]) -> Any:
 SMALL = 1 << 22
 
 
+def _small(block: Any, x: Tensor) -> bool:
+    """Without gradients, the block takes its ordinary way in no more time; each dimension pooled along is a pass."""
+    form = None if _absent(block.se) else _gate_form(block.se)
+    return x.numel() * x.element_size() * max(1, len(form.dims) if form else 0) < SMALL
+
+
 class Fused(nn.Module):
     """What fused blocks share."""
 
@@ -292,7 +298,7 @@ class Fused(nn.Module):
             plain = not grad and not self.training and self.fusible(nn.Identity)
             return self.frozen_forward(x) if plain else None
         # In inference a GPU runs a block's own modules in less time than kernels called one by one from Python.
-        if not grad and (x.device.type != 'cpu' or x.numel() * x.element_size() < SMALL):
+        if not grad and (x.device.type != 'cpu' or _small(self, x)):
             return None
         return self.fused_forward(x) if self.fusible(nn.BatchNorm2d) else None
 
