@@ -249,7 +249,7 @@ def _forward_of(ordinary: type[nn.Module]) -> Any:
 
 # Bytes of a map that stays in a processor's own cache from one operation to the next. Without gradients there is
 # nothing to keep less of, and passes over a smaller one take less time than what saves them.
-SMALL = 1 << 22
+SMALL = 1 << 21
 
 
 def _small(block: Any, x: Tensor) -> bool:
