@@ -23,10 +23,6 @@ from .kernels import Affine, Norm
 _CHEAP = 128
 
 
-# What a graph may keep besides the module's inputs, over the size of these.
-_LITTLE = 1 / 2
-
-
 def _costly(m: nn.Module) -> bool:
     if type(m) is nn.Conv2d:
         return m.weight[0].numel() >= _CHEAP and m.padding_mode == 'zeros' and not isinstance(m.padding, str)
@@ -157,11 +153,11 @@ class _Graph:
         return y.detach()
 
     def keeps_little(self, x: Sequence[Tensor]) -> bool:
-        """What it saves is little beside its inputs."""
+        """What it saves besides its inputs takes no more than these."""
         kept = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in self.saved)}
         for p in self.leaves:
             kept.pop(p.untyped_storage().data_ptr(), None)
-        return sum(kept.values()) <= _LITTLE * sum(t.nbytes for t in x)
+        return sum(kept.values()) <= sum(t.nbytes for t in x)
 
     def backward(
         self, g: Tensor, x: Sequence[Tensor], saved: Sequence[Tensor]

@@ -9,6 +9,7 @@ from ._base import no_weight_decay as no_weight_decay
 from ._base import read_gain as read_gain
 from ._gate import GateConv as GateConv
 from ._gate import as_executed as as_executed
+from ._gate import gated as gated
 from ._gate import jointly_gated as jointly_gated
 from ._norm import GroupNorm as GroupNorm
 from ._registry import AttnSpec as AttnSpec

@@ -221,7 +221,7 @@ class _Larger(torch.autograd.Function):
 
 def _share(x: Tensor, other: Tensor) -> Tensor:
     """1 where x is larger, 0.5 where they are equal (or both infinite), 0 elsewhere; x is overwritten."""
-    return x.sub_(other).sign_().nan_to_num_(0.0).add_(1).mul_(0.5)
+    return x.sub_(other).sign_().add_(1).mul_(0.5)  # the sign of NaN is 0
 
 
 class _Joint(torch.autograd.Function):
@@ -409,8 +409,10 @@ def _gated(x: Tensor, gates: list[Tensor], gain: float) -> Tensor:
 
 def _fit(x: Tensor, gates: list[Tensor]) -> bool:
     """Whether backward will come for all of them, or none, for gates of x's kind."""
+    if not _executed(x):  # asked first: a tracer's sizes are tensors
+        return False
     alike = all(g.dtype == x.dtype and g.dim() == x.dim() and g.shape[0] == x.shape[0] for g in gates)
-    return _executed(x) and alike and (not torch.is_grad_enabled() or all(t.requires_grad for t in (x, *gates)))
+    return alike and (not torch.is_grad_enabled() or all(t.requires_grad for t in (x, *gates)))
 
 
 @torch.fx.wrap
