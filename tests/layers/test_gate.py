@@ -268,6 +268,8 @@ def test_convolution_is_torchs_in_autocast(
 @pytest.mark.parametrize(('rows', 'compiled'), [(1, False), (2, False), (1, True)])
 def test_bfloat16_gradients_of_few_rows_hold_nothing_that_was_left_in_memory(rows: int, compiled: bool) -> None:
     """oneDNN leaves parts of the gradient of a 7x7 kernel for 128 channels uninitialised for maps of 1 or 2 rows."""
+    if compiled and not hasattr(torch.compiler, 'is_exporting'):
+        pytest.skip('torch 2.5 cannot tell compiling from exporting: compiled there, its own gradient is taken')
     torch.manual_seed(0)
     attn = create_attn('gam', 128, channel=False).eval()
     torch.nn.init.uniform_(attn.get_parameter('bn2.weight'), 0.5, 1)

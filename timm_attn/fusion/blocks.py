@@ -27,6 +27,14 @@ from .replay import attended, attended_sum, select_conv
 
 # ---- What is known to be the same -----------------------------------------------------------------------------------
 
+# torch asks by a function of its own, which torch 2.5 does not have.
+_GLOBAL_HOOKS = (
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_forward_hooks,
+    torch_module._global_backward_pre_hooks,
+    torch_module._global_backward_hooks,
+)
+
 
 def _ordinary(x: Any) -> bool:
     """A map with data, in plain execution: no tracing, compiling or exporting, no derivatives but backward's."""
@@ -40,7 +48,7 @@ def _ordinary(x: Any) -> bool:
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
-        and not torch_module._has_any_global_hook()
+        and not any(_GLOBAL_HOOKS)
     )
 
 

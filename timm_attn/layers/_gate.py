@@ -61,6 +61,10 @@ def _executed(x: Tensor) -> bool:
     )
 
 
+# torch 2.5 has no name for it but that for compiling, too.
+_exporting = getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)
+
+
 def _differentiated(x: Tensor) -> bool:
     """Whether backward will come, and nothing else."""
     return torch.is_grad_enabled() and x.requires_grad and _executed(x)
@@ -471,7 +475,7 @@ def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _with_rows(x: Tensor, weight: Tensor) -> Tensor:
     if torch.jit.is_scripting():
         return x
-    if x.device.type != 'cpu' or torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if x.device.type != 'cpu' or _exporting() or torch.jit.is_tracing():
         return x
     autocast = torch.is_autocast_enabled('cpu') and x.dtype != torch.float64
     half = torch.get_autocast_dtype('cpu') if autocast else x.dtype
@@ -485,7 +489,7 @@ def _with_rows(x: Tensor, weight: Tensor) -> Tensor:
 def _first_rows(x: Tensor, rows: int) -> Tensor:
     if torch.jit.is_scripting():
         return x
-    if torch.compiler.is_exporting() or torch.jit.is_tracing() or x.shape[2] == rows:
+    if _exporting() or torch.jit.is_tracing() or x.shape[2] == rows:
         return x
     return x[:, :, :rows]
 
