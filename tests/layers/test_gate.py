@@ -83,6 +83,18 @@ def attention(x: Tensor, a: Tensor, ours: bool) -> Tensor:
     return attend(q, k, v, 0.3) if ours else ((q @ k.mT) * 0.3).softmax(3) @ v
 
 
+def windows(pool: Callable[..., Tensor]) -> Call:
+    return lambda x, a: (pool(x * a) * a).square()
+
+
+def weighted(total: Callable[..., Tensor]) -> Call:
+    def call(x: Tensor, a: Tensor) -> Tensor:
+        v = x.unflatten(1, (2, 2))
+        return total(v, a.unsqueeze(1) * v.mean((3, 4), keepdim=True)).square()
+
+    return call
+
+
 # What is here, and its equation.
 PAIRS = {
     **{f'pooled along {dim}': pooled_and_gated(dim) for dim in DIMS},
@@ -92,18 +104,9 @@ PAIRS = {
     'joint sum': joint(True),
     'attend': (lambda x, a: attention(x, a, True), lambda x, a: attention(x, a, False)),
     'turned': (lambda x, a: channels_to_front(channels_to_end(x).square() * a), lambda x, a: x.square() * a),
+    'windows': (windows(lambda x: window_means(x, 2)), windows(lambda x: F.avg_pool2d(x, 2, ceil_mode=True))),
+    'weighted sum': (weighted(weighted_sum), weighted(lambda x, w: (x * w).sum(2))),
 }
-
-
-def windows(pool: Callable[..., Tensor]) -> Call:
-    return lambda x, a: (pool(x * a) * a).square()
-
-
-PAIRS['weighted sum'] = tuple(
-    lambda x, a, f=f: f(x.unflatten(1, (2, 2)), (x * a).mean((2, 3), keepdim=True).unflatten(1, (2, 2))).square()
-    for f in (weighted_sum, lambda x, w: (x * w).sum(2))
-)
-PAIRS['windows'] = windows(lambda x: window_means(x, 2)), windows(lambda x: F.avg_pool2d(x, 2, ceil_mode=True))
 each_pair = pytest.mark.parametrize('pair', PAIRS.values(), ids=PAIRS)
 
 

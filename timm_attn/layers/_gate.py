@@ -295,7 +295,7 @@ class _Attended(torch.autograd.Function):
         if _in_place(grad):
             backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
             return *backward(*map(_dense, (grad, q, k, v)), y, total, 0.0, False, scale=ctx.scale), None
-        matrix = _matrix(q, k, ctx.scale)
+        matrix = attention_matrix(q, k, ctx.scale)
         of_matrix = grad @ v.mT
         of_energy = matrix * (of_matrix - (of_matrix * matrix).sum(3, keepdim=True)) * ctx.scale
         return of_energy @ k, of_energy.mT @ q, matrix.mT @ grad, None
@@ -306,7 +306,14 @@ def _dense(x: Tensor) -> Tensor:
     return x.flatten().view(x.shape)
 
 
-def _matrix(q: Tensor, k: Tensor, scale: float) -> Tensor:
+def attention_matrix(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """softmax(q kᵀ scale) in float32 (float64 stays): (N, heads, L, L).
+
+    Args:
+        q: (N, heads, L, d).
+        k: (N, heads, L, d).
+        scale: Of the energies.
+    """
     return (matmul_upcast(q, k.transpose(2, 3)) * scale).softmax(3)
 
 
@@ -348,27 +355,26 @@ class _Turned(torch.autograd.Function):
 @torch.fx.wrap
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     q, k, v = upcast(q), upcast(k), upcast(v)
-    if torch.jit.is_scripting():
-        return matmul_upcast(_matrix(q, k, scale), v)
-    if _executed(q) and q.numel() > 0:
-        return _Attended.apply(q, k, v, scale)
-    return matmul_upcast(_matrix(q, k, scale), v)
+    if not torch.jit.is_scripting():
+        if _executed(q) and q.numel() > 0:
+            return _Attended.apply(q, k, v, scale)
+    return matmul_upcast(attention_matrix(q, k, scale), v)
 
 
 @torch.fx.wrap
 def _weighted_sum(x: Tensor, weight: Tensor) -> Tensor:
-    if torch.jit.is_scripting():
-        return (x * weight).sum(2)
-    if not _executed(x):
-        return (x * weight).sum(2)
-    return matmul_upcast(weight.flatten(2).unsqueeze(2), x.flatten(3)).squeeze(2).unflatten(2, x.shape[3:])
+    if not torch.jit.is_scripting():
+        if _executed(x):
+            return matmul_upcast(weight.flatten(2).unsqueeze(2), x.flatten(3)).squeeze(2).unflatten(2, x.shape[3:])
+    return (x * weight).sum(2)
 
 
 @torch.fx.wrap
 def _window_means(x: Tensor, window: int) -> Tensor:
-    if torch.jit.is_scripting():
-        return F.avg_pool2d(x, window, ceil_mode=True)
-    return _WindowMeans.apply(x, window) if _differentiated(x) else F.avg_pool2d(x, window, ceil_mode=True)
+    if not torch.jit.is_scripting():
+        if _differentiated(x):
+            return _WindowMeans.apply(x, window)
+    return F.avg_pool2d(x, window, ceil_mode=True)
 
 
 @torch.fx.wrap
@@ -376,39 +382,28 @@ def _turned(x: Tensor, last: bool) -> Tensor:
     turned = x.permute(0, 2, 3, 1) if last else x.permute(0, 3, 1, 2)
     if torch.jit.is_scripting():
         return turned
-    # Not for many gradients at once.
-    turns = _executed(x) and torch._C._has_storage(x) and x.is_contiguous()
-    return _Turned.apply(x, last) if turns else turned
+    if x.device.type != 'cpu' or not x.is_contiguous():
+        return turned
+    # Not for many gradients at once. In memory as here in any case: the layout decides how a convolution rounds.
+    return _Turned.apply(x, last) if _executed(x) and torch._C._has_storage(x) else turned.contiguous()
 
 
 @torch.fx.wrap
 def _mean(x: Tensor, dim: list[int], keepdim: bool) -> Tensor:
-    if torch.jit.is_scripting():
-        return x.mean(dim, keepdim)
-    if not _differentiated(x):
-        return x.mean(dim, keepdim)
-    y = _Mean.apply(x, dim)
-    return y if keepdim else y.squeeze(dim)
+    if not torch.jit.is_scripting():
+        if _differentiated(x):
+            y = _Mean.apply(x, dim)
+            return y if keepdim else y.squeeze(dim)
+    return x.mean(dim, keepdim)
 
 
 @torch.fx.wrap
 def _pooled(x: Tensor, dim: list[int], keepdim: bool) -> tuple[Tensor, Tensor, Tensor]:
-    if torch.jit.is_scripting():
-        return x, x.mean(dim, keepdim), x.amax(dim, keepdim)
-    if not _differentiated(x):
-        return x, x.mean(dim, keepdim), x.amax(dim, keepdim)
-    x, mean, peak = _Pooled.apply(x, dim)
-    return (x, mean, peak) if keepdim else (x, mean.squeeze(dim), peak.squeeze(dim))
-
-
-@torch.fx.wrap
-def _gated(x: Tensor, gates: list[Tensor], gain: float) -> Tensor:
-    # A gain that is not 1 is a tensor, whose value nobody asks for; TorchScript makes a number of it.
-    if isinstance(gain, Tensor) or gain != 1.0:
-        gates = [gate * gain for gate in gates]
-    if torch.jit.is_scripting():
-        return x * _total(gates)
-    return _Gated.apply(x, *gates) if _fit(x, gates) else x * _total(gates)
+    if not torch.jit.is_scripting():
+        if _differentiated(x):
+            x, mean, peak = _Pooled.apply(x, dim)
+            return (x, mean, peak) if keepdim else (x, mean.squeeze(dim), peak.squeeze(dim))
+    return x, x.mean(dim, keepdim), x.amax(dim, keepdim)
 
 
 def _fit(x: Tensor, gates: list[Tensor]) -> bool:
@@ -420,26 +415,38 @@ def _fit(x: Tensor, gates: list[Tensor]) -> bool:
 
 
 @torch.fx.wrap
+def _gated(x: Tensor, gates: list[Tensor], gain: float) -> Tensor:
+    # A gain that is not 1 is a tensor, whose value nobody asks for; TorchScript makes a number of it.
+    if isinstance(gain, Tensor) or gain != 1.0:
+        gates = [gate * gain for gate in gates]
+    if not torch.jit.is_scripting():
+        if _fit(x, gates):
+            return _Gated.apply(x, *gates)
+    return x * _total(gates)
+
+
+@torch.fx.wrap
 def _crossed(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    if torch.jit.is_scripting():
-        return x * (rows * columns)
-    return _Crossed.apply(x, rows, columns) if _fit(x, [rows, columns]) else x * (rows * columns)
+    if not torch.jit.is_scripting():
+        if _fit(x, [rows, columns]):
+            return _Crossed.apply(x, rows, columns)
+    return x * (rows * columns)
 
 
 @torch.fx.wrap
 def _jointly_gated(x: Tensor, channels: Tensor, pixels: Tensor, add: bool, gain: float) -> Tensor:
-    if torch.jit.is_scripting():
-        return x * ((1 + (channels + pixels if add else channels * pixels).sigmoid()) * gain)
-    if _fit(x, [channels, pixels]):
-        return _Joint.apply(x, channels, pixels, add, gain)
+    if not torch.jit.is_scripting():
+        if _fit(x, [channels, pixels]):
+            return _Joint.apply(x, channels, pixels, add, gain)
     return x * ((1 + (channels + pixels if add else channels * pixels).sigmoid_()) * gain)
 
 
 @torch.fx.wrap
 def _larger(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    if torch.jit.is_scripting():
-        return torch.maximum(x * a, x * b)
-    return _Larger.apply(x, a, b) if _fit(x, [a, b]) else torch.maximum(x * a, x * b)
+    if not torch.jit.is_scripting():
+        if _fit(x, [a, b]):
+            return _Larger.apply(x, a, b)
+    return torch.maximum(x * a, x * b)
 
 
 def _total(gates: list[Tensor]) -> Tensor:

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._base import Attention, Gate
-from ._gate import GateConv, attend, crossed, mean, window_means
+from ._gate import GateConv, attend, attention_matrix, crossed, mean, window_means
 from ._norm import GroupNorm
-from ._precision import matmul_upcast, upcast
+from ._precision import upcast
 from ._registry import register_attn
 
 
@@ -162,15 +162,15 @@ class SCSA(Attention):
         v = self.v(y).flatten(2).unflatten(1, heads)
         return q, k, v, counts.sum()
 
-    def channel_gate(self, x: Tensor) -> Tensor:
-        """The gate of channels (N, C, 1, 1)."""
-        q, k, v, cells = self.qkv(x)
+    def channel_gate(self, q: Tensor, k: Tensor, v: Tensor, cells: Tensor) -> Tensor:
+        """The gate of channels (N, C, 1, 1), in the precision of the self-attention."""
         o = attend(q, k, v, self.scale).sum(3) / cells  # (N, heads, d)
-        return o.sigmoid().flatten(1)[:, :, None, None].to(x.dtype)  # (N, C, 1, 1)
+        return o.sigmoid().flatten(1)[:, :, None, None]  # (N, C, 1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         a_h, a_w = self.row_and_column_gates(x)
-        channel = self.channel_gate(crossed(x, a_h, a_w))
+        q, k, v, cells = self.qkv(crossed(x, a_h, a_w))
+        channel = self.channel_gate(q, k, v, cells).to(x.dtype)
         # Gates meet each other before x, so that small numbers of half precision come back whole from the identity.
         return crossed(x, a_h * (channel * self.gain), a_w)
 
@@ -178,8 +178,7 @@ class SCSA(Attention):
     def gates(self, x: Tensor) -> dict[str, Tensor]:
         """'hc' (N, H, C), 'cw' (N, C, W), 'matrix' (N, heads, d, d) and 'channel' (N, C)."""
         a_h, a_w = self.row_and_column_gates(x)
-        x = crossed(x, a_h, a_w)
-        q, k, _, _ = self.qkv(x)
-        matrix = (matmul_upcast(q, k.transpose(2, 3)) * self.scale).softmax(3)
-        channel = self.channel_gate(x).flatten(1)
+        q, k, v, cells = self.qkv(crossed(x, a_h, a_w))
+        channel = self.channel_gate(q, k, v, cells).to(x.dtype).flatten(1)
+        matrix = attention_matrix(q, k, self.scale)
         return {'channel': channel, 'hc': a_h.squeeze(3).transpose(1, 2), 'cw': a_w.squeeze(2), 'matrix': matrix}
