@@ -124,9 +124,8 @@ def test_small_maps_take_the_ordinary_way_where_nothing_is_kept(
             called.clear()
             with torch.no_grad():
                 block(x)
-            assert (
-                bool(called) == kernels_are_called
-            )  # 64 * 64 * 128 floats are two megabytes; triplet pools along 3 dimensions
+            # 64 * 64 * 128 floats are two megabytes; triplet pools along 3 dimensions.
+            assert bool(called) == kernels_are_called
             block(x)
             assert called  # with gradients always
 

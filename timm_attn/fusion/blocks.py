@@ -90,7 +90,9 @@ def _absent(m: nn.Module | None) -> bool:
 
 
 def _gate_form(attn: Any) -> GateForm | None:
-    """What the attention's gates follow from, where its own class says so."""
+    """What the attention's gates follow from: nothing where there is none, else what its own class says, if it does."""
+    if _absent(attn):
+        return GateForm()
     declared = vars(type(attn))
     form = None
     if 'gate_form' in declared:
@@ -137,7 +139,7 @@ def _gated_output(conv: nn.Module, y: Tensor) -> Tensor:
 def _tail(block: Any, bn: Any, y: Tensor, x: Tensor) -> Tensor:
     """ReLU(attention(BN(y)) * keep + shortcut(x)), by what is known of the attention."""
     attn: Any = block.se
-    form = GateForm() if _absent(attn) else _gate_form(attn)
+    form = _gate_form(attn)
     if form is None and not _recomputable(attn):
         return _ordinary_tail(block, bn, y, x)
     shortcut = _shortcut(block, x)
@@ -262,7 +264,7 @@ SMALL = 1 << 21
 
 def _small(block: Any, x: Tensor) -> bool:
     """Without gradients, the block takes its ordinary way in no more time; each dimension pooled along is a pass."""
-    form = None if _absent(block.se) else _gate_form(block.se)
+    form = _gate_form(block.se)
     return x.numel() * x.element_size() * max(1, len(form.dims) if form else 0) < SMALL
 
 

@@ -84,7 +84,7 @@ class _Box:
     """What goes into a graph and comes out of it while it runs. The graph holds the box, which knows nothing of it."""
 
     inputs: Sequence[Tensor] = ()
-    saved: Sequence[Tensor] = ()
+    saved: list[Tensor]
     g: Tensor | None = None
     gx: Sequence[Tensor | None] = ()
 
@@ -126,21 +126,21 @@ class _Graph:
 
     def __init__(self, leaves: Sequence[Tensor]) -> None:
         self.leaves = leaves
-        self.saved: list[Tensor] = []
         self.box = _Box()
         self.start = torch.zeros((), requires_grad=True)
 
-    def forward(self, module: nn.Module, x: Sequence[Tensor]) -> Tensor:
-        """The module's output for its inputs."""
+    def forward(self, module: nn.Module, x: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """The module's output for its inputs, and what gradients take besides these."""
         inputs = {t.untyped_storage().data_ptr(): i for i, t in enumerate(x)}
-        box, saved = self.box, self.saved
+        box = self.box
+        box.saved = []
 
         def pack(t: Tensor) -> tuple[Any, ...]:
             i = inputs.get(t.untyped_storage().data_ptr())
             if i is not None:
                 return i, t.shape, t.stride(), t.storage_offset()
-            saved.append(t.detach())
-            return (len(saved) - 1,)
+            box.saved.append(t.detach())
+            return (len(box.saved) - 1,)
 
         # The hooks know nothing of what holds the graph, which holds them: nobody would free that ring.
         def unpack(packed: tuple[Any, ...]) -> Tensor:
@@ -150,23 +150,24 @@ class _Graph:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             y = module(*cast(tuple[Tensor, ...], _Enter.apply(box, self.start, *x)))
             self.end, self.dtype = cast(Tensor, _Leave.apply(box, y)), y.dtype
-        return y.detach()
+        saved, box.saved = box.saved, []
+        return y.detach(), saved
 
-    def keeps_little(self, x: Sequence[Tensor]) -> bool:
-        """What it saves besides its inputs takes no more than these."""
-        kept = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in self.saved)}
+    def bytes_of(self, saved: Sequence[Tensor]) -> int:
+        """What these take besides the parameters."""
+        kept = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in saved)}
         for p in self.leaves:
             kept.pop(p.untyped_storage().data_ptr(), None)
-        return sum(kept.values()) <= sum(t.nbytes for t in x)
+        return sum(kept.values())
 
     def backward(
         self, g: Tensor, x: Sequence[Tensor], saved: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
         """Gradients of the inputs and of the leaves, None for what the output does not depend on."""
         box, wanted = self.box, [p for p in self.leaves if p.requires_grad]
-        box.inputs, box.saved, box.g, box.gx = x, saved, g, [None] * len(x)
         if not self.end.requires_grad:
-            return box.gx, [None] * len(wanted)
+            return [None] * len(x), [None] * len(wanted)
+        box.inputs, box.saved, box.g, box.gx = x, [*saved], g, [None] * len(x)
         try:
             # The graph is kept: whether there is another backward pass is for whoever keeps the tensors to say.
             *grads, _ = torch.autograd.grad(
@@ -250,13 +251,11 @@ class _Replay:
         with self._precision():
             if graph:
                 made = _Graph(leaves)
-                y = made.forward(self._twin(leaves), x)
-                if made.keeps_little(x):
+                y, saved = made.forward(self._twin(leaves), x)
+                if made.bytes_of(saved) <= sum(t.nbytes for t in x):
                     self.graph, self.kept = made, []
-                    saved = [*made.saved]
-                    made.saved.clear()  # they are the caller's
                     return y.clone() if any(_same_memory(t, y) for t in saved) else y, [*saved]
-                del made
+                del made, saved
             else:
                 y = self._twin(leaves)(*x)
         # What has been overwritten is made again.
