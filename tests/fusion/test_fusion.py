@@ -15,12 +15,13 @@ import timm
 import torch
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
+from torch.nn.functional import max_pool2d
 
 import timm_attn
 from timm_attn.explain.gates import attention_maps
 from timm_attn.fusion import blocks, fuse, kernels
 from timm_attn.fusion.compile import Kernel, kernel, observe_kernels
-from timm_attn.fusion.functions import gate_conv
+from timm_attn.fusion.functions import gate_conv, stem_pool
 from timm_attn.layers import SqueezeExcite, TripletAttention
 from timm_attn.measure import kept_bytes
 
@@ -388,6 +389,60 @@ def test_freezing_folds_every_norm_between_convolutions_and_keeps_outputs(
         check_equal({'output': frozen(images())}, {'output': want}, 1e-10)
         assert fuse(frozen, freeze=True, compile=compile) is frozen
         check_equal({'output': frozen(images())}, {'output': want}, 1e-10)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_pooling_of_a_stem_is_torchs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = fuse(timm.create_model('resnet18')).get_submodule('maxpool')
+    taken: list[bool] = []
+    monkeypatch.setattr(blocks, 'stem_pool', lambda x: taken.append(True) or stem_pool(x))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for shape in (
+            (2, 3, 7, 9),
+            (1, 1, 1, 1),
+            (2, 3, 1, 5),
+            (3, 2, 2, 2),
+            (1, 3, 3, 1),
+            (2, 4, 12, 16),
+            (1, 2, 11, 8),
+        ):
+            x = torch.randn(shape, generator=generator).to(dtype)
+            torch.testing.assert_close(pool(x), max_pool2d(x, 3, 2, 1), rtol=0, atol=0)
+        x = torch.full((2, 1, 6, 6), -torch.inf, dtype=dtype)
+        x[0, 0, 3, 2] = torch.nan
+        torch.testing.assert_close(pool(x), max_pool2d(x, 3, 2, 1), rtol=0, atol=0, equal_nan=True)
+    assert len(taken) == 8
+    pool(torch.randn(1, 2, 6, 6, dtype=dtype))  # with gradients
+    with torch.no_grad():
+        pool(torch.randn(1, 2, 6, 6, dtype=dtype).to(memory_format=torch.channels_last))
+    assert len(taken) == 8
+
+
+@pytest.mark.parametrize(
+    'other',
+    [
+        nn.MaxPool2d(2),
+        nn.MaxPool2d(3, 2),
+        nn.MaxPool2d(3, 1, 1),
+        nn.MaxPool2d((3, 2), 2, 1),
+        nn.MaxPool2d(3, 2, 1, dilation=2),
+        nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+        nn.MaxPool2d(3, 2, 1, return_indices=True),
+        nn.AvgPool2d(3, 2, 1),
+    ],
+    ids=str,
+)
+def test_another_pooling_stays_as_it_is(other: nn.Module) -> None:
+    model = timm.create_model('resnet18')
+    model.maxpool = other
+    assert type(fuse(model).get_submodule('maxpool')) is type(other)
+    changed = fuse(timm.create_model('resnet18')).get_submodule('maxpool')
+    vars(changed).update({k: v for k, v in vars(other).items() if not k.startswith('_')})
+    if isinstance(other, nn.MaxPool2d):  # one that is changed after fusing is what it says, too
+        x = torch.randn(1, 2, 9, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(changed(x), other(x), rtol=0, atol=0)
 
 
 def test_models_without_known_blocks_stay_as_they_are_with_a_warning() -> None:

@@ -21,7 +21,17 @@ from ..layers import jointly_gated as jointly_gated  # TorchScript looks the nam
 from ..models.sk_resnet import SKBottleneck
 from . import kernels
 from .compile import compiler_works
-from .functions import bam_gate, gate_conv, gated_pooled_sum, gated_sum, is_gate_conv, norm, norm_act_conv
+from .functions import (
+    bam_gate,
+    gate_conv,
+    gated_pooled_sum,
+    gated_sum,
+    is_gate_conv,
+    is_stem_pool,
+    norm,
+    norm_act_conv,
+    stem_pool,
+)
 from .kernels import Affine
 from .replay import attended, attended_sum, select_conv
 
@@ -415,6 +425,17 @@ class FusedGateConv(nn.Conv2d):
         return gate_conv(self, x) if x.device.type == 'cpu' and is_gate_conv(self) else None
 
 
+class FusedMaxPool2d(nn.MaxPool2d):
+    """The pooling of a ResNet's stem, computed for inference in a way made for that."""
+
+    forward = _forward_of(nn.MaxPool2d)
+
+    def fused(self, x: Tensor) -> Tensor | None:
+        """The output, or None for a pooling of another kind, or where torch's own is as fast."""
+        slow = x.device.type == 'cpu' and x.is_contiguous() and is_stem_pool(self)
+        return stem_pool(x) if slow and not torch.is_grad_enabled() else None
+
+
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     BasicBlock: FusedBasicBlock,
     Bottleneck: FusedBottleneck,
@@ -523,6 +544,9 @@ def fuse(model: nn.Module, *, freeze: bool = False, compile: bool = True) -> nn.
         return model
     for m in new:
         m.__class__ = _FUSED[type(m)]
+    for m in model.modules():
+        if type(m) is nn.MaxPool2d and is_stem_pool(m):
+            m.__class__ = FusedMaxPool2d
     for m in new + done:
         cast(Any, m).compiled = compile
         for part in m.modules():

@@ -421,6 +421,43 @@ def gated_pooled_sum(
     return cast(Tensor, _GatedPooledSum.apply(compiled, in_place, dims, *given))
 
 
+# ---- Pooling ---------------------------------------------------------------------------------------------------------
+
+
+def is_stem_pool(pool: nn.MaxPool2d) -> bool:
+    """Of 3x3 pixels, each second one in the middle."""
+    one, two, three = ((n, (n, n)) for n in (1, 2, 3))
+    return (
+        pool.kernel_size in three
+        and pool.stride in two
+        and pool.padding in one
+        and pool.dilation in one
+        and not pool.return_indices
+        and not pool.ceil_mode
+    )
+
+
+def stem_pool(x: Tensor) -> Tensor:
+    """Maxima of 3x3 pixels, each second one in the middle, of lines and then of columns; for inference.
+
+    torch's own, of a contiguous map on a CPU, goes pixel by pixel.
+
+    Args:
+        x: A map (N, C, H, W).
+
+    Returns:
+        (N, C, ceil(H / 2), ceil(W / 2))
+    """
+    for d in (2, 3):
+        even, odd = (x.movedim(d, 0)[i::2].movedim(0, d) for i in (0, 1))
+        x = even.clone()
+        for i in (0, 1):  # the neighbours after, and before
+            n = min(even.shape[d] - i, odd.shape[d])
+            part = x.narrow(d, i, n)
+            torch.maximum(part, odd.narrow(d, 0, n), out=part)
+    return x
+
+
 # ---- BAM -------------------------------------------------------------------------------------------------------------
 
 
