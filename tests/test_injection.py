@@ -15,12 +15,16 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import timm_attn
 from timm_attn import create_attn, inject, list_attn
 from timm_attn.layers import _registry, attn_sites, get_attn
+
+try:
+    from torch.distributed.fsdp import fully_shard
+except ImportError:  # torch 2.5
+    from torch.distributed._composable.fsdp import fully_shard
 
 THIN: dict[str, Any] = {'layers': (1, 1, 1, 1), 'channels': (32, 64, 96, 128)}
 SMALLER: dict[str, dict[str, Any]] = {'gsop': {'dim': 16}, 'sge': {'groups': 8}}

@@ -1,12 +1,21 @@
-"""Fused, compiled models in other orders, with NaN and under other compilers: what the unfused model gives."""
+"""Fused, compiled models in other orders, precisions, processes and under other compilers, and with NaN: what the
+unfused model gives.
+"""
 
 import copy
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import timm_attn
 from timm_attn.fusion import fuse
 
 from .support import build, check_equal, images, step
@@ -52,3 +61,81 @@ def test_after_a_step_others_export_and_compile_the_unfused_model() -> None:
         ):
             torch.testing.assert_close(other(x), want, rtol=0, atol=1e-12)
     torch._dynamo.reset()
+
+
+def test_in_float64_after_a_step_in_float32() -> None:
+    fused, eager = (m.float() for m in pair('se_resnet18'))
+    for model in (fused, eager):
+        step(model, images(torch.float32))
+    fused.load_state_dict(eager.state_dict())
+    ours, theirs = step(fused.double(), images()), step(eager.double(), images())
+    assert {t.dtype for t in ours.values()} == {torch.float64, torch.int64}
+    check_equal(ours, theirs, 1e-10)
+
+
+def test_in_float16_gradients_are_as_near_to_those_of_float64_as_unfused() -> None:
+    fused, eager = pair('se_resnet18')
+    want = step(copy.deepcopy(eager), images())
+
+    def errors(model: nn.Module) -> Tensor:
+        found = step(model.half(), images(torch.float16))
+        grads = [name for name in want if name.startswith('grad')]
+        return torch.stack([(found[n].double() - want[n]).norm() / want[n].norm() for n in grads])
+
+    ours, theirs = errors(fused), errors(eager)
+    assert (ours <= 1.5 * theirs + 1e-3).all(), (ours / theirs).max()
+
+
+def test_onnx_has_the_unfused_model(tmp_path: Path) -> None:
+    runtime = pytest.importorskip('onnxruntime')
+    fused, eager = (m.float() for m in pair('se_resnet18'))
+    step(fused, images(torch.float32))
+    fused.load_state_dict(eager.eval().state_dict())
+    x = images(torch.float32, n=2)
+    torch.onnx.export(fused.eval(), (x,), tmp_path / 'model.onnx', dynamo=True, verbose=False)
+    session = runtime.InferenceSession(tmp_path / 'model.onnx')
+    (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), eager(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_steps_leave_nothing_behind() -> None:
+    fused, _ = pair('se_resnet18')
+
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+
+    counts = []
+    for _ in range(4):
+        for _ in range(5):
+            step(fused, images())
+        counts.append(alive())
+    assert len({*counts[1:]}) == 1, counts
+
+
+def test_two_processes_compile_at_once_into_one_empty_folder(tmp_path: Path) -> None:
+    code = """
+        import copy
+        import torch
+        from fusion.support import build, images
+        from timm_attn.fusion import blocks, fuse, kernels
+        blocks.SMALL = 0
+        eager = build('se_resnet18').eval()
+        with torch.no_grad():
+            gap = fuse(copy.deepcopy(eager))(images()) - eager(images())
+        assert kernels.norm.graphs and kernels.gated_sum_.graphs
+        print('gap', gap.abs().max().item())
+    """
+    env = {**os.environ, 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path)}
+    paths = [Path(timm_attn.__file__).parents[1], Path(__file__).parents[1], env.get('PYTHONPATH', '')]
+    env['PYTHONPATH'] = os.pathsep.join(map(str, paths))
+    both = [
+        subprocess.Popen(
+            [sys.executable, '-c', textwrap.dedent(code)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
+        )
+        for _ in range(2)
+    ]
+    for process in both:
+        output, errors = process.communicate()
+        assert process.returncode == 0, errors.decode()
+        assert float(output.split()[-1]) < 1e-12

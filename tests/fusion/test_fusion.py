@@ -16,11 +16,12 @@ import torch
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d
+from torch.torch_version import TorchVersion
 
 import timm_attn
 from timm_attn.explain.gates import attention_maps
 from timm_attn.fusion import blocks, fuse, kernels
-from timm_attn.fusion.compile import Kernel, kernel, observe_kernels
+from timm_attn.fusion.compile import Kernel, compiler_works, kernel, observe_kernels
 from timm_attn.fusion.functions import gate_conv, stem_pool
 from timm_attn.layers import SqueezeExcite, TripletAttention
 from timm_attn.measure import kept_bytes
@@ -460,7 +461,21 @@ def test_injected_models_are_fused() -> None:
     assert type(fused.get_submodule('layer1.0')) is blocks.FusedBasicBlock
 
 
-def test_without_a_compiler_fuse_warns_once_and_computes_all_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    'broken',
+    [
+        {'CXX': '/nowhere/compiler'},
+        # Not even root makes files there.
+        pytest.param(
+            {'TORCHINDUCTOR_CACHE_DIR': '/proc/self'},
+            marks=pytest.mark.skipif(not Path('/proc/self').is_dir(), reason='no /proc'),
+        ),
+    ],
+    ids=['compiler', 'folder'],
+)
+def test_without_a_compiler_or_a_folder_to_write_to_fuse_warns_once_and_computes_all_the_same(
+    broken: dict[str, str], tmp_path: Path
+) -> None:
     code = """
         import copy, warnings, timm, torch, timm_attn
         from timm_attn.fusion import fuse
@@ -476,9 +491,17 @@ def test_without_a_compiler_fuse_warns_once_and_computes_all_the_same(tmp_path: 
         torch.testing.assert_close(fused(x), eager(x))
         print('done')
     """
-    env = {**os.environ, 'CXX': str(tmp_path / 'no-such-compiler'), 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path)}
+    env = {**os.environ, 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path), **broken}
     env['PYTHONPATH'] = os.pathsep.join([str(Path(timm_attn.__file__).parents[1]), env.get('PYTHONPATH', '')])
     done = subprocess.run(
         [sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, env=env, cwd=tmp_path
     )
     assert done.returncode == 0 and 'done' in done.stdout, done.stderr
+
+
+def test_a_torch_whose_compiler_writes_past_its_buffers_is_not_asked_to_compile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, '__version__', TorchVersion('2.8.0+cpu'))
+    with pytest.warns(UserWarning, match=r'torch 2\.8\.0\+cpu compiles writes past its buffers: install torch 2\.9'):
+        assert not compiler_works.__wrapped__('cpu')

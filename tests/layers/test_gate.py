@@ -341,7 +341,8 @@ def test_elsewhere_than_on_a_cpu_the_operations_are_torchs_own() -> None:
     def functions(device: str) -> set[str]:
         x = torch.zeros(SHAPE, device=device, requires_grad=True)
         module = create_attn('cbam', SHAPE[1], rd_ratio=1 / 2, device=device)
-        found, nodes = set(), [module(x).grad_fn]
+        y = module(x)
+        found, nodes = set(), [y.grad_fn]
         while nodes:
             if (node := nodes.pop()) is not None:
                 found.add(type(node).__name__)

@@ -259,6 +259,9 @@ def _sources(
 def compiler_works(device: str) -> bool:
     """Whether inductor can compile for the device ('cpu', 'cuda'); says so once where it cannot."""
     try:
+        if device == 'cpu' and cast(Any, torch.__version__) < (2, 9):
+            # pytorch issue 159154: what a loop keeps of a plane gets the room of a row.
+            raise RuntimeError(f'what torch {torch.__version__} compiles writes past its buffers: install torch 2.9')
         with _compiling, _disable_current_modes():
             _compile(lambda x: (x + 1,), [torch.zeros(2, 3, 4, 5, device=device)])
     except Exception as e:

@@ -458,7 +458,7 @@ def _total(gates: list[Tensor]) -> Tensor:
 
 @torch.fx.wrap
 def _mirrored(x: Tensor, weight: Tensor) -> Tensor:
-    padding = weight.shape[2] // 2
+    padding = [weight.shape[2] // 2, weight.shape[3] // 2]
     if torch.jit.is_scripting():
         return F.conv2d(x, weight, padding=padding)
     if not (_differentiated(x) and weight.requires_grad) or x.is_meta:  # autocast knows no meta device
