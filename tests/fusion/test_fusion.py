@@ -15,14 +15,13 @@ import timm
 import torch
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
-from torch.nn.functional import max_pool2d
 from torch.torch_version import TorchVersion
 
 import timm_attn
 from timm_attn.explain.gates import attention_maps
 from timm_attn.fusion import blocks, fuse, kernels
 from timm_attn.fusion.compile import Kernel, compiler_works, kernel, observe_kernels
-from timm_attn.fusion.functions import gate_conv, stem_pool
+from timm_attn.fusion.functions import gate_conv
 from timm_attn.layers import SqueezeExcite, TripletAttention
 from timm_attn.measure import kept_bytes
 
@@ -392,58 +391,50 @@ def test_freezing_folds_every_norm_between_convolutions_and_keeps_outputs(
         check_equal({'output': frozen(images())}, {'output': want}, 1e-10)
 
 
+POOLS = [
+    nn.MaxPool2d(3, 2, 1),
+    nn.MaxPool2d(2),
+    nn.MaxPool2d(3, 1, 1),
+    nn.MaxPool2d((3, 2), 2, 1),
+    nn.MaxPool2d(3, 2, 1, dilation=2),
+    nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+]
+
+
+@pytest.mark.parametrize('pool', POOLS, ids=str)
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_the_pooling_of_a_stem_is_torchs(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = fuse(timm.create_model('resnet18')).get_submodule('maxpool')
-    taken: list[bool] = []
-    monkeypatch.setattr(blocks, 'stem_pool', lambda x: taken.append(True) or stem_pool(x))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for shape in (
-            (2, 3, 7, 9),
-            (1, 1, 1, 1),
-            (2, 3, 1, 5),
-            (3, 2, 2, 2),
-            (1, 3, 3, 1),
-            (2, 4, 12, 16),
-            (1, 2, 11, 8),
-        ):
-            x = torch.randn(shape, generator=generator).to(dtype)
-            torch.testing.assert_close(pool(x), max_pool2d(x, 3, 2, 1), rtol=0, atol=0)
-        x = torch.full((2, 1, 6, 6), -torch.inf, dtype=dtype)
-        x[0, 0, 3, 2] = torch.nan
-        torch.testing.assert_close(pool(x), max_pool2d(x, 3, 2, 1), rtol=0, atol=0, equal_nan=True)
-    assert len(taken) == 8
-    pool(torch.randn(1, 2, 6, 6, dtype=dtype))  # with gradients
-    with torch.no_grad():
-        pool(torch.randn(1, 2, 6, 6, dtype=dtype).to(memory_format=torch.channels_last))
-    assert len(taken) == 8
-
-
-@pytest.mark.parametrize(
-    'other',
-    [
-        nn.MaxPool2d(2),
-        nn.MaxPool2d(3, 2),
-        nn.MaxPool2d(3, 1, 1),
-        nn.MaxPool2d((3, 2), 2, 1),
-        nn.MaxPool2d(3, 2, 1, dilation=2),
-        nn.MaxPool2d(3, 2, 1, ceil_mode=True),
-        nn.MaxPool2d(3, 2, 1, return_indices=True),
-        nn.AvgPool2d(3, 2, 1),
-    ],
-    ids=str,
-)
-def test_another_pooling_stays_as_it_is(other: nn.Module) -> None:
+def test_the_pooling_of_a_stem_is_torchs(pool: nn.MaxPool2d, dtype: torch.dtype) -> None:
     model = timm.create_model('resnet18')
-    model.maxpool = other
-    assert type(fuse(model).get_submodule('maxpool')) is type(other)
-    changed = fuse(timm.create_model('resnet18')).get_submodule('maxpool')
-    vars(changed).update({k: v for k, v in vars(other).items() if not k.startswith('_')})
-    if isinstance(other, nn.MaxPool2d):  # one that is changed after fusing is what it says, too
-        x = torch.randn(1, 2, 9, 8)
+    model.maxpool = copy.deepcopy(pool)
+    fused = fuse(model).get_submodule('maxpool')
+    assert type(fused) is blocks.FusedMaxPool2d
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((2, 8, 7, 9), (1, 16, 5, 5), (3, 9, 12, 16), (2, 3, 9, 9)):
+        # Of equal maxima the first counts, and the last NaN.
+        x = torch.randint(-2, 3, shape, generator=generator).to(dtype) / 2
+        x[0, 0, 2, 3] = x[0, 1, 4, 3] = x[0, 1, 4, 4] = torch.nan
+        x[0, 2] = -torch.inf
+        ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        found, want = fused(ours), pool(theirs)
+        assert torch.equal(found.nan_to_num(7), want.nan_to_num(7)) and found.is_contiguous()
+        g = torch.randn(want.shape, generator=generator).to(dtype)
+        found.backward(g.to(memory_format=torch.channels_last))
+        want.backward(g)
+        assert ours.grad is not None and theirs.grad is not None
+        assert torch.equal(ours.grad, theirs.grad)
+        assert type(found.grad_fn).__name__.startswith('_MaxPool') == (shape[1] >= 8)
         with torch.no_grad():
-            torch.testing.assert_close(changed(x), other(x), rtol=0, atol=0)
+            assert torch.equal(fused(x).nan_to_num(7), want.nan_to_num(7))
+
+
+def test_a_pooling_that_gives_its_indices_gives_them() -> None:
+    model = timm.create_model('resnet18')
+    model.maxpool = nn.MaxPool2d(3, 2, 1, return_indices=True)
+    x = torch.randn(2, 8, 9, 8)
+    for found, want in zip(
+        fuse(model).get_submodule('maxpool')(x), nn.MaxPool2d(3, 2, 1, return_indices=True)(x), strict=True
+    ):
+        assert torch.equal(found, want)
 
 
 def test_models_without_known_blocks_stay_as_they_are_with_a_warning() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F  # noqa: F401  # TorchScript looks the names in a pooling's forward up here
 from timm.layers import DropPath
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
@@ -27,10 +28,9 @@ from .functions import (
     gated_pooled_sum,
     gated_sum,
     is_gate_conv,
-    is_stem_pool,
+    max_pool,
     norm,
     norm_act_conv,
-    stem_pool,
 )
 from .kernels import Affine
 from .replay import attended, attended_sum, select_conv
@@ -426,14 +426,14 @@ class FusedGateConv(nn.Conv2d):
 
 
 class FusedMaxPool2d(nn.MaxPool2d):
-    """The pooling of a ResNet's stem, computed for inference in a way made for that."""
+    """The pooling of a ResNet's stem, which keeps no more than where the maxima are."""
 
     forward = _forward_of(nn.MaxPool2d)
 
     def fused(self, x: Tensor) -> Tensor | None:
-        """The output, or None for a pooling of another kind, or where torch's own is as fast."""
-        slow = x.device.type == 'cpu' and x.is_contiguous() and is_stem_pool(self)
-        return stem_pool(x) if slow and not torch.is_grad_enabled() else None
+        """The output, or None where torch's own is as fast."""
+        slow = x.device.type == 'cpu' and x.is_contiguous() and x.shape[1] >= 8 and not self.return_indices
+        return max_pool(self, x) if slow else None
 
 
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
@@ -545,7 +545,7 @@ def fuse(model: nn.Module, *, freeze: bool = False, compile: bool = True) -> nn.
     for m in new:
         m.__class__ = _FUSED[type(m)]
     for m in model.modules():
-        if type(m) is nn.MaxPool2d and is_stem_pool(m):
+        if type(m) is nn.MaxPool2d:
             m.__class__ = FusedMaxPool2d
     for m in new + done:
         cast(Any, m).compiled = compile

@@ -424,38 +424,29 @@ def gated_pooled_sum(
 # ---- Pooling ---------------------------------------------------------------------------------------------------------
 
 
-def is_stem_pool(pool: nn.MaxPool2d) -> bool:
-    """Of 3x3 pixels, each second one in the middle."""
-    one, two, three = ((n, (n, n)) for n in (1, 2, 3))
-    return (
-        pool.kernel_size in three
-        and pool.stride in two
-        and pool.padding in one
-        and pool.dilation in one
-        and not pool.return_indices
-        and not pool.ceil_mode
-    )
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, args: tuple[Any, ...], x: Tensor) -> Tensor:
+        out, places = _aten.max_pool2d_with_indices(x.contiguous(memory_format=torch.channels_last), *args)
+        ctx.save_for_backward(places.to(torch.int32, memory_format=torch.contiguous_format))
+        ctx.args, ctx.shape = args, x.shape
+        return out.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (places,) = ctx.saved_tensors
+        (g,) = grads
+        x = g.new_empty(ctx.shape)  # of which only the shape is read
+        return None, _aten.max_pool2d_with_indices_backward(g, x, *ctx.args, places.long())
 
 
-def stem_pool(x: Tensor) -> Tensor:
-    """Maxima of 3x3 pixels, each second one in the middle, of lines and then of columns; for inference.
+def max_pool(pool: nn.MaxPool2d, x: Tensor) -> Tensor:
+    """What the pooling makes of a contiguous map x (N, C, H, W), keeping where the maxima are, in 32 bits.
 
-    torch's own, of a contiguous map on a CPU, goes pixel by pixel.
-
-    Args:
-        x: A map (N, C, H, W).
-
-    Returns:
-        (N, C, ceil(H / 2), ceil(W / 2))
+    torch's own goes pixel by pixel on a CPU, but for maps whose channels lie side by side.
     """
-    for d in (2, 3):
-        even, odd = (x.movedim(d, 0)[i::2].movedim(0, d) for i in (0, 1))
-        x = even.clone()
-        for i in (0, 1):  # the neighbours after, and before
-            n = min(even.shape[d] - i, odd.shape[d])
-            part = x.narrow(d, i, n)
-            torch.maximum(part, odd.narrow(d, 0, n), out=part)
-    return x
+    args = pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
+    return cast(Tensor, _MaxPool.apply(args, x))
 
 
 # ---- BAM -------------------------------------------------------------------------------------------------------------

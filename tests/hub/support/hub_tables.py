@@ -246,12 +246,8 @@ Each names the test that shows it, below `tests/`; what was measured once only s
 
 
 if __name__ == '__main__':
-    import os
-    import tempfile
+    from timm_attn.files import atomic_write
 
     PAGE.parent.mkdir(exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=PAGE.parent)
-    with os.fdopen(handle, 'w', encoding='utf-8') as file:
-        file.write(page())
-    os.chmod(name, 0o644)
-    os.replace(name, PAGE)
+    with atomic_write(PAGE) as path:
+        path.write_text(page(), encoding='utf-8')
