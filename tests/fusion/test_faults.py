@@ -593,7 +593,9 @@ def test_a_convolution_that_is_used_twice_is_left_unfolded() -> None:
 
 
 @pytest.mark.parametrize('compile', [False, pytest.param(True, marks=pytest.mark.slow)], ids=['eager', 'compiled'])
-def test_train_after_freezing_trains_the_folded_model(compile: bool) -> None:
+def test_train_after_freezing_trains_the_folded_model(compile: bool, request: pytest.FixtureRequest) -> None:
+    if compile:
+        request.getfixturevalue('compiler')
     frozen = fuse(build('se_resnet18', drop_path_rate=0.9), freeze=True, compile=compile)
     plain = copy.deepcopy(frozen)
     for m in plain.modules():

@@ -96,7 +96,7 @@ def test_compiled_channels_last_model_has_the_numbers_of_the_eager_one(name: str
     check_equal(step(fused, x), step(eager, x), 1e-10)
 
 
-def test_a_kernel_that_cannot_be_compiled_warns_once_and_computes_all_the_same() -> None:
+def test_a_kernel_that_cannot_be_compiled_warns_once_and_computes_all_the_same(compiler: None) -> None:
     @kernel
     def odd(x: Tensor) -> tuple[Tensor]:
         if x.sum().item() > 0:  # depends on data, so there is no graph
