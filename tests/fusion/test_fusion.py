@@ -21,7 +21,7 @@ import timm_attn
 from timm_attn.explain.gates import attention_maps
 from timm_attn.fusion import blocks, fuse, kernels
 from timm_attn.fusion.compile import Kernel, compiler_works, kernel, observe_kernels
-from timm_attn.fusion.functions import gate_conv
+from timm_attn.fusion.functions import gate_conv, max_pool
 from timm_attn.layers import SqueezeExcite, TripletAttention
 from timm_attn.measure import kept_bytes
 
@@ -425,6 +425,39 @@ def test_the_pooling_of_a_stem_is_torchs(pool: nn.MaxPool2d, dtype: torch.dtype)
         assert type(found.grad_fn).__name__.startswith('_MaxPool') == (shape[1] >= 8)
         with torch.no_grad():
             assert torch.equal(fused(x).nan_to_num(7), want.nan_to_num(7))
+
+
+@pytest.mark.parametrize('name', ['resnet18d', 'se_resnet18', 'sk_resnet50'])
+def test_a_stem_computes_with_the_channels_side_by_side_in_inference(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eager = build(name).eval()
+    fused = fuse(copy.deepcopy(eager), compile=False)
+    layouts: list[bool] = []
+
+    def noted(pool: nn.MaxPool2d, x: Tensor) -> Tensor:
+        layouts.append(x.is_contiguous())
+        return max_pool(pool, x)
+
+    monkeypatch.setattr(blocks, 'max_pool', noted)
+    x = images()
+
+    def shifted(m: nn.Module, args: Any, output: Any) -> Any:
+        return output + 1
+
+    def check(contiguous: bool) -> None:
+        found = cast(Any, fused).forward_features(x)
+        check_equal({'map': found}, {'map': cast(Any, eager).forward_features(x)}, 1e-10)
+        assert found.is_contiguous() and layouts == [contiguous]
+        layouts.clear()
+
+    check(True)  # with gradients
+    with torch.no_grad():
+        check(False)
+        for model in (fused, eager):
+            model.get_submodule('act1').register_forward_hook(shifted)
+        check(True)
+    assert isinstance(pickle.loads(pickle.dumps(fuse(build(name)))), blocks.FusedStem)
 
 
 def test_a_pooling_that_gives_its_indices_gives_them() -> None:

@@ -19,7 +19,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ..injection import gate_of_output
 from ..layers import BAM, GateConv, GateForm, GroupNorm, SelectiveKernel
 from ..layers import jointly_gated as jointly_gated  # TorchScript looks the names in BAM's forward up here
-from ..models.sk_resnet import SKBottleneck
+from ..models.attn_resnet import AttnResNet
+from ..models.sk_resnet import SKBottleneck, SKResNet
 from . import kernels
 from .compile import compiler_works
 from .functions import (
@@ -250,19 +251,19 @@ def _frozen_tail(attn: nn.Module | None, y: Tensor, shortcut: Tensor) -> Tensor:
 # ---- Blocks ---------------------------------------------------------------------------------------------------------
 
 
-def _forward_of(ordinary: type[nn.Module]) -> Any:
+def _forward_of(ordinary: Any) -> Any:
     """A forward pass that is fused where that is known to be the same, and otherwise the ordinary class's.
 
     torch.jit.script compiles the source of what is wrapped: the ordinary one.
     """
 
-    @functools.wraps(ordinary.forward)
+    @functools.wraps(ordinary)
     def forward(self: Any, x: Tensor) -> Tensor:
         if _ordinary(x):
             out = self.fused(x)
             if out is not None:
                 return out
-        return ordinary.forward(self, x)
+        return ordinary(self, x)
 
     return forward
 
@@ -352,7 +353,7 @@ class FusedBasicBlock(Fused, BasicBlock):
     convs = ('conv1', 'conv2')
     acts = ('act1', 'act2')
     gated = ('conv2',)
-    forward = _forward_of(BasicBlock)
+    forward = _forward_of(BasicBlock.forward)
 
     def fused_forward(self, x: Tensor) -> Tensor:
         """The forward pass for training, and for inference with BatchNorms."""
@@ -367,7 +368,7 @@ class FusedBottleneck(Fused, Bottleneck):
     convs = ('conv1', 'conv2', 'conv3')
     acts = ('act1', 'act2', 'act3')
     gated = ('conv2', 'conv3')
-    forward = _forward_of(Bottleneck)
+    forward = _forward_of(Bottleneck.forward)
 
     def fused_forward(self, x: Tensor) -> Tensor:
         """The forward pass for training, and for inference with BatchNorms."""
@@ -382,7 +383,7 @@ class FusedSKBottleneck(Fused, SKBottleneck):
     norms = ('bn1', 'conv2.bn1', 'conv2.bn2', 'bn3')
     convs = ('conv1', 'conv2.conv1', 'conv2.conv2', 'conv3')
     acts = ('act1', 'act3')
-    forward = _forward_of(SKBottleneck)
+    forward = _forward_of(SKBottleneck.forward)
 
     def fusible(self, norm: type[nn.Module]) -> bool:
         """Whether this block is one whose computation is known here; its selective kernel must be known too."""
@@ -406,7 +407,7 @@ class FusedBAM(BAM):
     """BAM that gates its input in one pass, and keeps no gate of the input's size."""
 
     compiled = False
-    forward = _forward_of(BAM)
+    forward = _forward_of(BAM.forward)
 
     def fused(self, x: Tensor) -> Tensor | None:
         """The output, or None where the ordinary way is as good."""
@@ -418,7 +419,7 @@ class FusedBAM(BAM):
 class FusedGateConv(nn.Conv2d):
     """The convolution of a gate, from 2 channels to 1, computed in a way made for that."""
 
-    forward = _forward_of(nn.Conv2d)
+    forward = _forward_of(nn.Conv2d.forward)
 
     def fused(self, x: Tensor) -> Tensor | None:
         """The output, or None for a convolution of another kind, or where torch's own is as fast."""
@@ -426,14 +427,61 @@ class FusedGateConv(nn.Conv2d):
 
 
 class FusedMaxPool2d(nn.MaxPool2d):
-    """The pooling of a ResNet's stem, which keeps no more than where the maxima are."""
+    """A pooling that keeps no more than where the maxima are, in 32 bits."""
 
-    forward = _forward_of(nn.MaxPool2d)
+    forward = _forward_of(nn.MaxPool2d.forward)
 
     def fused(self, x: Tensor) -> Tensor | None:
-        """The output, or None where torch's own is as fast."""
-        slow = x.device.type == 'cpu' and x.is_contiguous() and x.shape[1] >= 8 and not self.return_indices
-        return max_pool(self, x) if slow else None
+        """The output, or None on other devices, where torch's own is as fast, and for few channels."""
+        dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+        known = x.device.type == 'cpu' and dense and x.shape[1] >= 8 and not self.return_indices
+        return max_pool(self, x) if known else None
+
+
+# Of these the output is the same for each layout of the input in memory.
+_STEM = (nn.Sequential, nn.Conv2d, nn.BatchNorm2d, nn.Identity, nn.ReLU, nn.MaxPool2d, FusedMaxPool2d)
+
+
+class FusedStem:
+    """A ResNet whose stem, in inference on a CPU, computes with the channels side by side: the fastest for so few."""
+
+    forward_features = _forward_of(ResNet.forward_features)
+    if TYPE_CHECKING:
+        get_submodule: Any
+        conv1: Any
+        bn1: Any
+        act1: Any
+        maxpool: Any
+        layer1: Any
+        layer2: Any
+        layer3: Any
+        layer4: Any
+
+    def fused(self, x: Tensor) -> Tensor | None:
+        """The last stage's map, or None where the stem is another, or lies in memory so in any case."""
+        if torch.is_grad_enabled() or x.device.type != 'cpu':  # for gradients, a copy of the image would be kept
+            return None
+        parts = [m for name in ('conv1', 'bn1', 'act1', 'maxpool') for m in self.get_submodule(name).modules()]
+        dense = all(t.is_contiguous() for t in (x, *(p for m in parts for p in m.parameters(recurse=False))))
+        if not dense or not all(type(m) in _STEM and _called_as_is(m) for m in parts):
+            return None
+        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
+        x = self.maxpool(self.act1(self.bn1(x))).contiguous()
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+        return x
+
+
+class FusedResNet(FusedStem, ResNet):
+    """timm's ResNet with such a stem."""
+
+
+class FusedAttnResNet(FusedStem, AttnResNet):
+    """A registered ResNet with such a stem."""
+
+
+class FusedSKResNet(FusedStem, SKResNet):
+    """A ResNet of selective kernels with such a stem."""
 
 
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
@@ -441,6 +489,13 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     Bottleneck: FusedBottleneck,
     SKBottleneck: FusedSKBottleneck,
     BAM: FusedBAM,
+}
+# What is fused besides, in models that have such blocks.
+_AROUND: dict[type[nn.Module], type[nn.Module]] = {
+    nn.MaxPool2d: FusedMaxPool2d,
+    ResNet: FusedResNet,
+    AttnResNet: FusedAttnResNet,
+    SKResNet: FusedSKResNet,
 }
 
 
@@ -452,7 +507,10 @@ def _pairs(model: nn.Module) -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
     for name, m in model.named_modules():
         dot = f'{name}.' if name else ''
-        if isinstance(m, ResNet) and type(m).forward_features is ResNet.forward_features:
+        if isinstance(m, ResNet) and type(m).forward_features in (
+            ResNet.forward_features,
+            FusedResNet.forward_features,
+        ):
             stem = m.conv1
             if type(stem) is nn.Sequential:
                 names = [f'{dot}conv1.{child}' for child, _ in stem.named_children()]
@@ -545,8 +603,7 @@ def fuse(model: nn.Module, *, freeze: bool = False, compile: bool = True) -> nn.
     for m in new:
         m.__class__ = _FUSED[type(m)]
     for m in model.modules():
-        if type(m) is nn.MaxPool2d:
-            m.__class__ = FusedMaxPool2d
+        m.__class__ = _AROUND.get(type(m), type(m))
     for m in new + done:
         cast(Any, m).compiled = compile
         for part in m.modules():

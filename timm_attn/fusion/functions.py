@@ -428,20 +428,22 @@ class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, args: tuple[Any, ...], x: Tensor) -> Tensor:
         out, places = _aten.max_pool2d_with_indices(x.contiguous(memory_format=torch.channels_last), *args)
-        ctx.save_for_backward(places.to(torch.int32, memory_format=torch.contiguous_format))
+        ctx.format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        ctx.save_for_backward(places.to(torch.int32, memory_format=ctx.format))
         ctx.args, ctx.shape = args, x.shape
-        return out.contiguous()
+        return out.contiguous(memory_format=ctx.format)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (places,) = ctx.saved_tensors
         (g,) = grads
-        x = g.new_empty(ctx.shape)  # of which only the shape is read
+        # Of x only shape and layout are read.
+        x = torch.empty(ctx.shape, dtype=g.dtype, device=g.device, memory_format=ctx.format)
         return None, _aten.max_pool2d_with_indices_backward(g, x, *ctx.args, places.long())
 
 
 def max_pool(pool: nn.MaxPool2d, x: Tensor) -> Tensor:
-    """What the pooling makes of a contiguous map x (N, C, H, W), keeping where the maxima are, in 32 bits.
+    """What the pooling makes of x (N, C, H, W), laid out like x; keeps where the maxima are, in 32 bits.
 
     torch's own goes pixel by pixel on a CPU, but for maps whose channels lie side by side.
     """
