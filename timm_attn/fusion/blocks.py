@@ -427,7 +427,7 @@ class FusedGateConv(nn.Conv2d):
 
 
 class FusedMaxPool2d(nn.MaxPool2d):
-    """A pooling that keeps no more than where the maxima are, in 32 bits."""
+    """A pooling that keeps no more than where the maxima are, in few bits."""
 
     forward = _forward_of(nn.MaxPool2d.forward)
 

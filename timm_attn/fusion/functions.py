@@ -429,7 +429,8 @@ class _MaxPool(torch.autograd.Function):
     def forward(ctx: Any, args: tuple[Any, ...], x: Tensor) -> Tensor:
         out, places = _aten.max_pool2d_with_indices(x.contiguous(memory_format=torch.channels_last), *args)
         ctx.format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-        ctx.save_for_backward(places.to(torch.int32, memory_format=ctx.format))
+        few = x.shape[2] * x.shape[3] <= 1 << 15
+        ctx.save_for_backward(places.to(torch.int16 if few else torch.int32, memory_format=ctx.format))
         ctx.args, ctx.shape = args, x.shape
         return out.contiguous(memory_format=ctx.format)
 
@@ -443,7 +444,7 @@ class _MaxPool(torch.autograd.Function):
 
 
 def max_pool(pool: nn.MaxPool2d, x: Tensor) -> Tensor:
-    """What the pooling makes of x (N, C, H, W), laid out like x; keeps where the maxima are, in 32 bits.
+    """What the pooling makes of x (N, C, H, W), laid out like x; keeps where the maxima are, in 16 bits or 32.
 
     torch's own goes pixel by pixel on a CPU, but for maps whose channels lie side by side.
     """

@@ -20,7 +20,7 @@ from .kernels import Affine, Norm
 
 # A value that takes fewer multiply-adds than this is made again; others are kept. Reading and writing one costs about
 # as much time, on any machine on which arithmetic is cheaper than memory.
-_CHEAP = 128
+_CHEAP = 64
 
 
 def _costly(m: nn.Module) -> bool:
