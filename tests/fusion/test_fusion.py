@@ -457,7 +457,7 @@ def test_a_stem_computes_with_the_channels_side_by_side_in_inference(
         for model in (fused, eager):
             model.get_submodule('act1').register_forward_hook(shifted)
         check(True)
-    assert isinstance(pickle.loads(pickle.dumps(fuse(build(name)))), blocks.FusedStem)
+    assert isinstance(pickle.loads(pickle.dumps(fuse(build(name)))), blocks.FusedResNet)
 
 
 def test_a_pooling_that_gives_its_indices_gives_them() -> None:

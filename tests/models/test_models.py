@@ -35,6 +35,8 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
 RESNETS = [kind for kind in SMALL if not kind.startswith('simple')]
 each_kind = pytest.mark.parametrize('kind', SMALL)
 each_resnet = pytest.mark.parametrize('kind', RESNETS)
+# Of one model of each attention, test_export.py shows it.
+each_other = pytest.mark.parametrize('kind', [kind for kind in SMALL if kind not in list_attn()])
 
 
 def create_model(name: str, **kwargs: Any) -> Any:
@@ -212,7 +214,7 @@ def sizes_export() -> None:
         pytest.skip(f"torch {torch.__version__} exports timm's own resnet18 for no more than one size: {e}")
 
 
-@each_kind
+@each_other
 def test_exports_with_dynamic_batch_and_size(kind: str, sizes_export: None) -> None:
     model = build(kind)
     program = exported(model)
@@ -221,7 +223,7 @@ def test_exports_with_dynamic_batch_and_size(kind: str, sizes_export: None) -> N
         assert gap(program(x), model(x)) < 1e-5
 
 
-@each_kind
+@each_other
 def test_scripts(kind: str) -> None:
     model = build(kind)
     scripted = torch.jit.script(model)

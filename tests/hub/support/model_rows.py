@@ -96,8 +96,8 @@ MODELS = [
     ),
     Row(
         'fusion/test_compiled.py::test_two_processes_compile_at_once_into_one_empty_folder',
-        'two processes that compile a fused SE-ResNet-18 at once, with one empty folder for what is compiled',
-        'done: both the unfused model to 1e-12',
+        'two processes that compile what fused blocks call at once, with one empty folder for what is compiled',
+        'done: both as uncompiled, to 1e-12',
         'compiled',
     ),
     Row(
