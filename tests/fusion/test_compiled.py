@@ -4,6 +4,7 @@ unfused model gives.
 
 import copy
 import gc
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import timm_attn
-from timm_attn.fusion import fuse
+from timm_attn.fusion import fuse, kernels
 
 from .support import build, check_equal, images, step
 
@@ -111,6 +112,23 @@ def test_steps_leave_nothing_behind() -> None:
             step(fused, images())
         counts.append(alive())
     assert len({*counts[1:]}) == 1, counts
+
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork')
+@pytest.mark.filterwarnings('ignore:.*multi-threaded.*fork:DeprecationWarning')
+def test_a_forked_process_goes_on_and_compiles() -> None:
+    fused, eager = pair('se_resnet18')
+    check_equal(step(fused, images()), step(eager, images()), 1e-10)
+
+    def child() -> None:  # torch's autograd runs in no process forked after a backward pass
+        with torch.no_grad():
+            torch.testing.assert_close(fused.eval()(images(n=1)), eager.eval()(images(n=1)), rtol=0, atol=1e-10)
+
+    before = len(kernels.norm.graphs)
+    process = multiprocessing.get_context('fork').Process(target=child)
+    process.start()
+    process.join(300)
+    assert process.exitcode == 0 and len(kernels.norm.graphs) == before
 
 
 def test_two_processes_compile_at_once_into_one_empty_folder(tmp_path: Path) -> None:

@@ -95,6 +95,12 @@ MODELS = [
         'compiled',
     ),
     Row(
+        'fusion/test_compiled.py::test_a_forked_process_goes_on_and_compiles',
+        'a process forked after a step of a fused, compiled SE-ResNet-18, and inference of another batch size there',
+        'done: the unfused model to 1e-10',
+        'compiled',
+    ),
+    Row(
         'fusion/test_compiled.py::test_two_processes_compile_at_once_into_one_empty_folder',
         'two processes that compile what fused blocks call at once, with one empty folder for what is compiled',
         'done: both as uncompiled, to 1e-12',
