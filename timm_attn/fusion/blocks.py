@@ -589,7 +589,8 @@ def fuse(model: nn.Module, *, freeze: bool = False, compile: bool = True) -> nn.
     for m in new:
         m.__class__ = _FUSED[type(m)]
     for m in model.modules():
-        m.__class__ = _AROUND.get(type(m), type(m))
+        if type(m) in _AROUND:
+            m.__class__ = _AROUND[type(m)]
     for m in new + done:
         cast(Any, m).compiled = compile
         for part in m.modules():

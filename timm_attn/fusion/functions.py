@@ -429,8 +429,9 @@ class _MaxPool(torch.autograd.Function):
     def forward(ctx: Any, args: tuple[Any, ...], x: Tensor) -> Tensor:
         out, places = _aten.max_pool2d_with_indices(x.contiguous(memory_format=torch.channels_last), *args)
         ctx.format = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-        few = x.shape[2] * x.shape[3] <= 1 << 15
-        ctx.save_for_backward(places.to(torch.int16 if few else torch.int32, memory_format=ctx.format))
+        if ctx.needs_input_grad[1]:
+            few = x.shape[2] * x.shape[3] <= 1 << 15
+            ctx.save_for_backward(places.to(torch.int16 if few else torch.int32, memory_format=ctx.format))
         ctx.args, ctx.shape = args, x.shape
         return out.contiguous(memory_format=ctx.format)
 
