@@ -460,6 +460,18 @@ def test_a_stem_computes_with_the_channels_side_by_side_in_inference(
     assert isinstance(pickle.loads(pickle.dumps(fuse(build(name)))), blocks.FusedResNet)
 
 
+def test_a_pooling_of_a_channels_last_map_stays_in_that_layout() -> None:
+    pool = fuse(timm.create_model('resnet18')).get_submodule('maxpool')
+    x = torch.randn(2, 8, 9, 8).to(memory_format=torch.channels_last).requires_grad_()
+    out = pool(x)
+    g = torch.randn_like(out)
+    (found,) = torch.autograd.grad(out, x, g)
+    (want,) = torch.autograd.grad(nn.MaxPool2d(3, 2, 1)(x), x, g)
+    assert torch.equal(found, want)
+    for t in (out, found):
+        assert t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous()
+
+
 def test_a_pooling_that_gives_its_indices_gives_them() -> None:
     model = timm.create_model('resnet18')
     model.maxpool = nn.MaxPool2d(3, 2, 1, return_indices=True)
