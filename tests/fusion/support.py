@@ -1,10 +1,14 @@
 """Small models, all of whose parts do something, and what their steps give."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
+
+import timm_attn
 
 SMALL: dict[str, dict[str, Any]] = {
     'resnet26': {},
@@ -59,3 +63,9 @@ def check_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: f
         scale = max(want.abs().max().item(), 1.0)
         gap = (ours[name] - want).abs().max().item()
         assert gap <= tolerance * scale, f'{name}: {gap:.3g} of {scale:.3g}'
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """Of a process that imports this package, too."""
+    paths = str(Path(timm_attn.__file__).parents[1]), os.environ.get('PYTHONPATH', '')
+    return {**os.environ, 'PYTHONPATH': os.pathsep.join(paths), **changes}

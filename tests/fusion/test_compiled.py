@@ -16,10 +16,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import timm_attn
 from timm_attn.fusion import fuse, kernels
 
-from .support import build, check_equal, images, step
+from .support import build, check_equal, environment, images, step
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('compiler')]
 
@@ -145,8 +144,7 @@ def test_two_processes_compile_at_once_into_one_empty_folder(tmp_path: Path) -> 
         assert kernels.norm.graphs and kernels.gated_sum.graphs
         print('gap', max(gaps).item())
     """
-    env = {**os.environ, 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path)}
-    env['PYTHONPATH'] = os.pathsep.join([str(Path(timm_attn.__file__).parents[1]), env.get('PYTHONPATH', '')])
+    env = environment(TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
     both = [
         subprocess.Popen(
             [sys.executable, '-c', textwrap.dedent(code)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env

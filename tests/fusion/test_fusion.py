@@ -1,7 +1,6 @@
 """Fused models against the eager ones: same numbers, same keys, same behaviour, less kept."""
 
 import copy
-import os
 import pickle
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from timm_attn.fusion.functions import gate_conv, max_pool
 from timm_attn.layers import SqueezeExcite, TripletAttention
 from timm_attn.measure import kept_bytes
 
-from .support import SMALL, build, check_equal, images, step
+from .support import SMALL, build, check_equal, environment, images, step
 
 CHANNEL_GATES = ('resnet26', 'se_resnet18', 'eca_resnet18', 'srm_resnet18')
 
@@ -527,8 +526,7 @@ def test_without_a_compiler_or_a_folder_to_write_to_fuse_warns_once_and_computes
         torch.testing.assert_close(fused(x), eager(x))
         print('done')
     """
-    env = {**os.environ, 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path), **broken}
-    env['PYTHONPATH'] = os.pathsep.join([str(Path(timm_attn.__file__).parents[1]), env.get('PYTHONPATH', '')])
+    env = environment(**{'TORCHINDUCTOR_CACHE_DIR': str(tmp_path), **broken})
     done = subprocess.run(
         [sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, env=env, cwd=tmp_path
     )

@@ -1,6 +1,7 @@
 """The fused blocks, and `fuse`, which makes them of a model's own."""
 
 import functools
+import inspect
 import itertools
 import warnings
 from collections import Counter
@@ -493,10 +494,7 @@ def _pairs(model: nn.Module) -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
     for name, m in model.named_modules():
         dot = f'{name}.' if name else ''
-        if isinstance(m, ResNet) and type(m).forward_features in (
-            ResNet.forward_features,
-            FusedResNet.forward_features,
-        ):
+        if isinstance(m, ResNet) and inspect.unwrap(type(m).forward_features) is ResNet.forward_features:
             stem = m.conv1
             if type(stem) is nn.Sequential:
                 names = [f'{dot}conv1.{child}' for child, _ in stem.named_children()]
