@@ -2,42 +2,60 @@
 
 A call of a `torch.compile`d function checks dozens of guards in Python and C++. With warm caches that takes 20
 microseconds; between two convolutions, which empty the caches, it takes a millisecond, more than the work on most maps
-of a ResNet. So a kernel is compiled once for each kind of arguments, and then inductor's own callable is called.
+of a ResNet. So a kernel is compiled once for each kind of arguments, and then inductor's own callable is called. A kind
+says what `torch.compile` would have to find out by tracing Python: which sizes are those of the map. That, and a folder
+of what was compiled before, make the first step of a model short.
 """
 
 import contextlib
 import functools
-import operator
+import hashlib
+import inspect
+import json
 import os
+import re
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 Arguments = list[Any]
+Call = Callable[[Arguments], Sequence[Any]]
 
-# Dynamo traces one function at a time. A child forked meanwhile has no thread that would release the lock.
+# Inductor compiles one function at a time. A child forked meanwhile has no thread that would release the lock.
 _compiling = threading.RLock()
+
+
+def _forked() -> None:
+    _compiling._at_fork_reinit()  # pyright: ignore[reportAttributeAccessIssue]
+    if 'torch._inductor.async_compile' in sys.modules:
+        # Inductor forgets its pool of processes in a child, but not that of threads, which are not there.
+        cast(Any, sys.modules['torch._inductor.async_compile']).AsyncCompile.pool.cache_clear()
+
+
 if hasattr(os, 'register_at_fork'):
-    os.register_at_fork(after_in_child=_compiling._at_fork_reinit)  # pyright: ignore[reportAttributeAccessIssue]
+    os.register_at_fork(after_in_child=_forked)
 
 
 class Kernel:
-    """A function of dense tensors and constants that is called compiled or as it is.
+    """A function of a map, further tensors and constants that is called compiled or as it is.
 
     Args:
-        function: Returns a tuple of new tensors. Its arguments are tensors, None, named tuples of such, and constants,
-            of which there should be few.
+        function: Returns a tuple of new tensors. Its arguments are dense tensors, None, named tuples of such, and
+            constants, of which there should be few. The first tensor is a map (N, C, H, W). Sizes of others are 1, or
+            those of the map: in this order, (C,) where there is one.
         overwrites: The function writes its result into its first tensor, which `__call__` returns before the others.
     """
 
     def __init__(self, function: Callable[..., tuple[Any, ...]], overwrites: bool) -> None:
         self.function, self.overwrites = function, overwrites
-        self.graphs: dict[tuple[Any, ...], Callable[[Arguments], Sequence[Any]]] = {}
+        self.graphs: dict[tuple[Any, ...], Call] = {}
         functools.update_wrapper(self, function)
 
     def __call__(self, compiled: bool, *args: Any) -> tuple[Any, ...]:
@@ -59,9 +77,10 @@ class Kernel:
         if not compiled:
             results = self.function(*args)
             return (_flat(args)[0], *results) if self.overwrites else results
-        kind: list[Any] = []
+        # The number of threads is written into what is compiled.
+        kind: list[Any] = [torch.get_num_threads()]
         dense: Arguments = []
-        shape = None
+        shape: Sequence[int] | None = None
         for x in _flat(args):
             if isinstance(x, Tensor):
                 shape = shape or x.shape
@@ -69,7 +88,7 @@ class Kernel:
                 # Channels last is for maps. What is as small as a gate or a sum is cheap to copy, and slow to read so.
                 if last and not (x.shape == shape and x.is_contiguous(memory_format=torch.channels_last)):
                     x, last = x.contiguous(), False
-                kind.append((x.dtype, x.device, last, *[s == 1 for s in x.shape], x.numel() < 1 << 31))
+                kind.append(_Kind(x.dtype, x.device, last, _sizes(x.shape, shape), x.numel() < 1 << 31))
             else:
                 kind.append(x)
             dense.append(x)
@@ -77,12 +96,12 @@ class Kernel:
         graph = self.graphs.get(key)
         if graph is None:
             with _compiling:
-                graph = self.graphs.get(key) or self._compiled(args, dense)
+                graph = self.graphs.get(key) or self._compiled(args, key, shape or ())
                 self.graphs[key] = graph
         results = graph(dense)
         return (dense[0], *results) if self.overwrites else tuple(results)
 
-    def _compiled(self, args: tuple[Any, ...], dense: Arguments) -> Callable[[Arguments], Sequence[Any]]:
+    def _compiled(self, args: tuple[Any, ...], key: tuple[Any, ...], shape: Sequence[int]) -> Call:
         """The function compiled for such arguments, or as it is where that fails."""
         groups = [type(x) if _is_group(x) else None for x in args]
 
@@ -95,11 +114,11 @@ class Kernel:
                 rest = rest[n:]
             return self.function(*grouped)
 
-        device = next(x for x in dense if isinstance(x, Tensor)).device.type
+        device = next(x for x in key if isinstance(x, _Kind)).device.type
         if not compiler_works(device):
             return lambda flat: function(*flat)
         try:
-            return _compile(function, dense)
+            return _compile(self.function, function, key, shape)
         except Exception as e:
             warnings.warn(
                 f'timm_attn.fuse cannot compile {self.function.__name__}() ({type(e).__name__}: {_first_line(e)}): '
@@ -107,6 +126,29 @@ class Kernel:
                 stacklevel=4,
             )
             return lambda flat: function(*flat)
+
+
+class _Kind(NamedTuple):
+    """Tensors that one compiled function serves.
+
+    Attributes:
+        dtype: Their dtype.
+        device: Their device.
+        last: They are in channels_last.
+        sizes: As `_sizes` gives them.
+        small: Their elements can be counted in 32 bits.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    last: bool
+    sizes: tuple[int, ...]
+    small: bool
+
+
+def _sizes(shape: Sequence[int], of_map: Sequence[int]) -> tuple[int, ...]:
+    """A tensor's sizes: 0 for that of the map, 1, or another number. A vector has the map's channels."""
+    return tuple([1 if n == 1 else 0 if n == m else n for n, m in zip(shape, of_map[len(shape) == 1 :], strict=False)])
 
 
 def _first_line(e: Exception) -> str:
@@ -156,103 +198,131 @@ def overwriting(function: Callable[..., tuple[Any, ...]]) -> Kernel:
     return Kernel(function, overwrites=True)
 
 
-def _compile(function: Callable[..., tuple[Any, ...]], args: Arguments) -> Callable[[Arguments], Sequence[Any]]:
-    """Compiles a function for all sizes of such arguments.
+# ---- Compiling -------------------------------------------------------------------------------------------------------
+
+# Sides of maps that inductor reckons with on a CPU. What it writes for them is kept for all, whoever comes first.
+_USUAL = (2, 256, 28, 28)
+
+
+def _compile(
+    kernel: Callable[..., Any], function: Callable[..., tuple[Any, ...]], key: tuple[Any, ...], shape: Sequence[int]
+) -> Call:
+    """Compiles a function for all maps of a kind.
 
     Args:
-        function: The kernel's.
-        args: Arguments of the kind it is compiled for.
+        kernel: The function as it is written: what was compiled before is known by its source.
+        function: The same of flat arguments.
+        key: Number of threads; kinds of the tensors and the other arguments.
+        shape: Of the map that it is called with.
 
     Returns:
         Takes the list of arguments.
     """
-    # Slow to import, and of no use to those who do not compile.
-    from torch._dynamo import config as dynamo
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._inductor.compile_fx import compile_fx_inner
-    from torch._inductor.decomposition import select_decomp_table
-    from torch.fx.experimental import _config
+    tensors = [i for i, x in enumerate(key[1:]) if isinstance(x, _Kind)]
+    the_map: _Kind = key[1 + tensors[0]]
+    sides = [d for d, n in enumerate(the_map.sizes) if n == 0]
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        if the_map.device.type == 'cpu':
+            call, places = _on_cpu(kernel, function, key)
+        else:
+            graph, places = _graph(function, key, shape)
+            call = graph.current_callable
 
-    shapes = cast(Any, _config)
-    # Parameters are detached, for torch.compile takes their sizes as constants.
-    tensors = {i: x.detach() for i, x in enumerate(args) if isinstance(x, Tensor)}
-    graphs: list[tuple[Callable[..., Any], list[Callable[[Arguments], Any]], list[int]]] = []
-
-    def capture(graph: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
-        compiled = compile_fx_inner(graph, examples)  # pyright: ignore[reportArgumentType]
-
-        def run(inputs: Arguments) -> Any:
-            sources = _sources(examples, inputs, tensors)
-            results = compiled(inputs)
-            graphs.append((getattr(compiled, 'current_callable', compiled), sources, [r.data_ptr() for r in results]))
-            return results
-
-        run._boxed_call = True  # pyright: ignore[reportFunctionMemberAccess]
-        return run
-
-    def of_tensors(*given: Tensor) -> tuple[Any, ...]:
-        full = list(args)
-        for i, x in zip(tensors, given, strict=True):
-            full[i] = x
-        return function(*full)
-
-    backend = aot_autograd(
-        fw_compiler=capture,
-        inference_compiler=capture,
-        decompositions=select_decomp_table,
-        keep_inference_input_mutations=True,
-    )
-    scratch = [x.clone() for x in tensors.values()]  # the first call is for compiling only
-    tensors = dict(zip(tensors, scratch, strict=True))
-    with (
-        torch.no_grad(),
-        torch.autocast(scratch[0].device.type, enabled=False),
-        shapes.patch(use_duck_shape=False),  # sizes that happen to be equal are not the same size
-        dynamo.patch(specialize_float=True),
-    ):
-        shown = torch.compile(of_tensors, dynamic=True, fullgraph=True, backend=backend)(*scratch)
-    torch._dynamo.reset_code(of_tensors.__code__)
-    ((graph, sources, made),) = graphs
-    # The graph returns no None, and nothing twice.
-    places = [None if r is None else made.index(r.data_ptr()) for r in shown]
-
-    def call(args: Arguments) -> list[Any]:
-        results = graph([source(args) for source in sources])
+    def of_arguments(args: Arguments) -> list[Any]:
+        given = [args[i] for i in tensors]
+        shape = given[0].shape
+        results = call([*[shape[d] for d in sides], *given])
         return [None if p is None else results[p] for p in places]
 
-    return call
+    return of_arguments
 
 
-def _sources(
-    examples: Sequence[Any],
-    inputs: Arguments,
-    tensors: dict[int, Tensor],
-) -> list[Callable[[Arguments], Any]]:
-    """Where a graph's inputs come from: functions of the kernel's arguments.
+def _on_cpu(kernel: Callable[..., Any], function: Callable[..., Any], key: tuple[Any, ...]) -> tuple[Call, list[Any]]:
+    """As `_graph`, but the call; what inductor writes is kept beside its own files."""
+    # Slow to import, and of no use to those who do not compile.
+    from torch._inductor import config
+    from torch._inductor.codecache import PyCodeCache, write_atomic
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    settings = sorted(config.save_config_portable().items())
+    # Compiling and loading a file for each instruction set takes five seconds. Every compiler that torch's headers can
+    # be read by knows them, and torch's own kernels take what the processor says, too.
+    with config.patch({'cpp.vec_isa_ok': True} if config.cpp.vec_isa_ok is None else {}):
+        sources = [Path(file).read_text(encoding='utf-8') for file in (__file__, inspect.getfile(kernel))]
+        known = (torch.__version__, pick_vec_isa().build_arch_flags(), settings, sources, kernel.__qualname__, key)
+        name = hashlib.sha256(repr(known).encode()).hexdigest()
+        path = Path(cache_dir(), 'timm_attn', f'{name}.json')
+        try:
+            kept = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            graph, places = _graph(function, key, _USUAL)
+            kept = {'code': _without_idle_imports(graph.source_code), 'places': places}
+            write_atomic(str(path), json.dumps(kept), make_dirs=True, encode_utf_8=True)
+        return PyCodeCache.load(kept['code']).call, kept['places']
+
+
+def _without_idle_imports(code: str) -> str:
+    """Inductor writes all of its imports on top of everything. Two take half a second each; kernels use neither."""
+
+    def idle(line: str) -> bool:
+        found = re.fullmatch(r'from torch\._inductor\.\S+ import (?:\w+ as )?(\w+)', line)
+        return found is not None and len(re.findall(rf'\b{found[1]}\b', code)) == 1
+
+    return '\n'.join([line for line in code.split('\n') if not idle(line)])
+
+
+def _graph(
+    function: Callable[..., tuple[Any, ...]], key: tuple[Any, ...], shape: Sequence[int]
+) -> tuple[Any, list[int | None]]:
+    """What inductor makes of the function, and where the results are in what that returns: nothing twice, and no None.
+
+    It takes the map's sizes, but for those of 1, and the tensors.
 
     Args:
-        examples: The inputs with symbolic sizes.
-        inputs: The same with values.
-        tensors: The kernel's tensors by position.
+        function: As `_compile`'s.
+        key: As `_compile`'s.
+        shape: Usual sizes of the map, by which inductor chooses loops.
     """
-    position = {x.data_ptr(): i for i, x in tensors.items()}
-    origins = [position[x.data_ptr()] if isinstance(x, Tensor) else None for x in inputs]
-    sizes = {
-        str(size): (i, d)
-        for example, i in zip(examples, origins, strict=True)
-        if i is not None
-        for d, size in enumerate(example.shape)
-    }
+    from torch._dynamo.source import ConstantSource
+    from torch._guards import TracingContext, tracing
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-    def source(example: Any, value: Any, origin: int | None) -> Callable[[Arguments], Any]:
-        if origin is not None:
-            return operator.itemgetter(origin)
-        if str(example) in sizes:
-            i, d = sizes[str(example)]
-            return lambda args: args[i].shape[d]
-        return lambda args: value  # a number among the arguments
+    env = ShapeEnv()
+    kinds = [x for x in key[1:] if isinstance(x, _Kind)]
+    symbols = [env.create_symbol(n, ConstantSource(f'size{d}'), DimDynamic.DYNAMIC) for d, n in enumerate(shape)]
+    of_map = [env.create_symintnode(s, hint=n) for s, n in zip(symbols, shape, strict=True)]
+    sizes = [of_map[d] for d, n in enumerate(kinds[0].sizes) if n == 0]
 
-    return list(map(source, examples, inputs, origins))
+    def example(x: _Kind) -> Tensor:
+        like = of_map[len(x.sizes) == 1 :]
+        layout = torch.channels_last if x.last else torch.contiguous_format
+        size = [n or like[d] for d, n in enumerate(x.sizes)]
+        return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
+
+    places: list[int | None] = []
+
+    def traced(*given: Any) -> list[Tensor]:
+        tensors = iter(given[len(sizes) :])
+        results = function(*[next(tensors) if isinstance(x, _Kind) else x for x in key[1:]])
+        made = list({id(r): r for r in results if r is not None}.values())
+        places[:] = [None if r is None else next(i for i, m in enumerate(made) if m is r) for r in results]
+        return made
+
+    fake = FakeTensorMode(shape_env=env)
+    with torch.autocast(kinds[0].device.type, enabled=False), tracing(TracingContext(fake)):
+        with fake:
+            examples = [*sizes, *map(example, kinds)]
+            graph = make_fx(traced, decomposition_table=select_decomp_table())(*examples)
+        return compile_fx_inner(graph, examples), places
+
+
+def _probe(x: Tensor) -> tuple[Tensor]:
+    return (x + 1,)
 
 
 @functools.cache
@@ -263,7 +333,12 @@ def compiler_works(device: str) -> bool:
             # pytorch issue 159154: what a loop keeps of a plane gets the room of a row.
             raise RuntimeError(f'what torch {torch.__version__} compiles writes past its buffers: install torch 2.9')
         with _compiling, _disable_current_modes():
-            _compile(lambda x: (x + 1,), [torch.zeros(2, 3, 4, 5, device=device)])
+            _compile(
+                _probe,
+                _probe,
+                (torch.get_num_threads(), _Kind(torch.float32, torch.device(device), False, (0, 0, 0, 0), True)),
+                _USUAL,
+            )
     except Exception as e:
         warnings.warn(
             f'timm_attn.fuse cannot compile for {device} ({type(e).__name__}: {_first_line(e)}); blocks keep '

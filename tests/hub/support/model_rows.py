@@ -96,14 +96,15 @@ MODELS = [
     ),
     Row(
         'fusion/test_compiled.py::test_a_forked_process_goes_on_and_compiles',
-        'a process forked after a step of a fused, compiled SE-ResNet-18, and inference of another batch size there',
-        'done: the unfused model to 1e-10',
+        'a process forked after a kernel was compiled, with an empty folder for what is compiled, and another there',
+        'done: each as uncompiled; the first is not compiled again',
         'compiled',
     ),
     Row(
-        'fusion/test_compiled.py::test_two_processes_compile_at_once_into_one_empty_folder',
-        'two processes that compile what fused blocks call at once, with one empty folder for what is compiled',
-        'done: both as uncompiled, to 1e-12',
+        'fusion/test_compiled.py::test_processes_share_what_is_compiled',
+        'two processes that compile what fused blocks call at once, with one empty folder for what is compiled; after '
+        'them another, one after all files there were cut off, one with more threads, one with a setting of inductor',
+        'done: all as uncompiled, to 1e-12; the next one compiles nothing, the others once each',
         'compiled',
     ),
     Row(
