@@ -246,9 +246,12 @@ def _on_cpu(kernel: Callable[..., Any], function: Callable[..., Any], key: tuple
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     settings = sorted(config.save_config_portable().items())
-    # Compiling and loading a file for each instruction set takes five seconds. Every compiler that torch's headers can
-    # be read by knows them, and torch's own kernels take what the processor says, too.
-    with config.patch({'cpp.vec_isa_ok': True} if config.cpp.vec_isa_ok is None else {}):
+    # Inductor's own record of graphs does not say for how many threads they were compiled. Compiling and loading a file
+    # for each instruction set takes five seconds: every compiler that reads torch's headers knows them, and torch's own
+    # kernels take what the processor says, too.
+    with config.patch(
+        {'fx_graph_cache': False, 'cpp.vec_isa_ok': config.cpp.vec_isa_ok is None or config.cpp.vec_isa_ok}
+    ):
         sources = [Path(file).read_text(encoding='utf-8') for file in (__file__, inspect.getfile(kernel))]
         known = (torch.__version__, pick_vec_isa().build_arch_flags(), settings, sources, kernel.__qualname__, key)
         name = hashlib.sha256(repr(known).encode()).hexdigest()
