@@ -8,15 +8,18 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
-from timm_attn.fusion import fuse
+from timm_attn.fusion import compile, fuse, kernels
+from timm_attn.fusion.compile import Kernel, observe_kernels
 
 from .support import build, check_equal, environment, images, step
 
@@ -190,3 +193,76 @@ def test_processes_share_what_is_compiled(tmp_path: Path) -> None:
         print('done')
     """
     assert run(f'folder = {str(tmp_path)!r}\n' + textwrap.dedent(code) + textwrap.dedent(more), **env) == 'done'
+
+
+@pytest.fixture
+def cold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """Nothing was compiled before. Gives the list of what is compiled from now on."""
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path))
+    for k in vars(kernels).values():
+        if isinstance(k, Kernel):
+            monkeypatch.setattr(k, 'graphs', {})
+    graph, made = compile._graph, []
+
+    def recorded(function: Any, key: Any, shape: Any) -> Any:
+        made.append(key)
+        return graph(function, key, shape)
+
+    monkeypatch.setattr(compile, '_graph', recorded)
+    return made
+
+
+def test_a_first_step_compiles_its_kernels_side_by_side_and_shows_nothing_of_it(cold: list[Any]) -> None:
+    fused, eager = (m.get_submodule('layer2.0') for m in pair('cbam_resnet18', drop_path_rate=0.5))
+    x = torch.randn(3, 64, 20, 14, dtype=torch.float64)
+    saved: list[Any] = []
+    called: list[Any] = []
+
+    def pack(t: Tensor) -> Tensor:
+        saved.append(t.shape)
+        return t
+
+    def seen(model: nn.Module) -> tuple[dict[str, Tensor], Tensor, list[Any], list[Any]]:
+        torch.manual_seed(5)
+        saved.clear()
+        called.clear()
+        with saved_tensors_hooks(pack, lambda t: t), observe_kernels(lambda k, *_: called.append(k)):
+            found = step(model, x)
+        return found, torch.get_rng_state(), [*saved], [*called]
+
+    before = copy.deepcopy(fused.state_dict())
+    first, state, *rest = seen(fused)
+    made = len(cold)
+    assert made == sum(len(k.graphs) for k in {*called})
+    torch.manual_seed(5)
+    check_equal(first, step(eager, x), 1e-10)
+    fused.load_state_dict(before)
+    again, state_again, *rest_again = seen(fused)
+    check_equal(first, again, 0)
+    assert torch.equal(state, state_again) and rest == rest_again and len(cold) == made
+
+
+def test_all_kernels_of_a_step_are_written_in_its_forward_pass(cold: list[Any]) -> None:
+    block = pair('cbam_resnet18')[0].get_submodule('layer2.0')
+    y = block(torch.randn(3, 64, 20, 14, dtype=torch.float64, requires_grad=True))
+    forward = len(cold)
+    y.sum().backward()
+    assert len(cold) == forward > 4
+
+
+def test_a_block_that_cannot_be_copied_is_compiled_kernel_by_kernel(
+    cold: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    fused, eager = (m.get_submodule('layer1.0') for m in pair('se_resnet18'))
+    cast(Any, fused).lock = threading.Lock()
+    x = torch.randn(3, 64, 20, 14, dtype=torch.float64)
+    with caplog.at_level('DEBUG', 'timm_attn'):
+        check_equal(step(fused, x), step(eager, x), 1e-10)
+    assert 'could not be rehearsed (TypeError: cannot pickle' in caplog.text and cold
+
+
+def test_what_another_thread_compiles_meanwhile_is_waited_for(cold: list[Any]) -> None:
+    x = torch.randn(7)
+    with compile._without_waiting(), ThreadPoolExecutor(1) as pool:
+        found = pool.submit(lambda: torch.compile(lambda t: t.sin() + 1)(x)).result()
+    torch.testing.assert_close(found, x.sin() + 1)

@@ -1,11 +1,12 @@
 """The fused blocks, and `fuse`, which makes them of a model's own."""
 
+import copy
 import functools
 import inspect
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -23,7 +24,7 @@ from ..layers import jointly_gated as jointly_gated  # TorchScript looks the nam
 from ..models.attn_resnet import AttnResNet
 from ..models.sk_resnet import SKBottleneck, SKResNet
 from . import kernels
-from .compile import compiler_works
+from .compile import compiler_works, rehearsed
 from .functions import (
     bam_gate,
     gate_conv,
@@ -318,11 +319,30 @@ class Fused(nn.Module):
             return None
         if self.frozen:
             plain = not grad and not self.training and self.fusible(nn.Identity)
-            return self.frozen_forward(x) if plain else None
+            return self._called(type(self).frozen_forward, x) if plain else None
         # In inference a GPU runs a block's own modules in less time than kernels called one by one from Python.
         if not grad and (x.device.type != 'cpu' or _small(self, x)):
             return None
-        return self.fused_forward(x) if self.fusible(nn.BatchNorm2d) else None
+        return self._called(type(self).fused_forward, x) if self.fusible(nn.BatchNorm2d) else None
+
+    def _called(self, forward: Callable[[Any, Tensor], Tensor], x: Tensor) -> Tensor:
+        """The output; where kernels are still to be compiled on a CPU, those of the whole step are, side by side."""
+        known = _gate_form(self.se) is not None and not any(gate_of_output(self.get_submodule(n)) for n in self.gated)
+        if not self.compiled or x.device.type != 'cpu' or not known:
+            return forward(self, x)
+        grad = torch.is_grad_enabled()
+
+        def step() -> None:
+            sizes = [n if n == 1 else small for n, small in zip(x.shape, (2, x.shape[1], 16, 24), strict=True)]
+            layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+            with torch.set_grad_enabled(grad):
+                like = torch.empty(sizes, dtype=x.dtype, memory_format=layout).normal_().requires_grad_(x.requires_grad)
+                out = forward(copy.deepcopy(self), like)
+                if out.requires_grad:
+                    out.sum().backward()
+
+        with rehearsed(step):
+            return forward(self, x)
 
     def train(self, mode: bool = True) -> Any:
         """Module.train; says so where there is nothing left that differs in training."""

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import inspect
 import json
+import logging
 import os
 import re
 import sys
@@ -23,7 +24,10 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
+
+_logger = logging.getLogger(__name__)
 
 Arguments = list[Any]
 Call = Callable[[Arguments], Sequence[Any]]
@@ -65,7 +69,7 @@ class Kernel:
             compiled: Compile the function, or take the compiled one.
             *args: Its arguments.
         """
-        if not _observers:
+        if not _observers or _rehearsal.calls is not None:
             return self._results(compiled, args)
         with _disable_current_modes():
             results = self._results(compiled, args)
@@ -94,15 +98,19 @@ class Kernel:
             dense.append(x)
         key = tuple(kind)
         graph = self.graphs.get(key)
+        if graph is None and _rehearsal.calls is not None:
+            _rehearsal.calls[self, key] = self._of_flat(args)
+            return self._results(False, args)
         if graph is None:
             with _compiling:
-                graph = self.graphs.get(key) or self._compiled(args, key, shape or ())
+                _rehearse()
+                graph = self.graphs.get(key) or self._compiled(self._of_flat(args), key, shape or ())
                 self.graphs[key] = graph
         results = graph(dense)
         return (dense[0], *results) if self.overwrites else tuple(results)
 
-    def _compiled(self, args: tuple[Any, ...], key: tuple[Any, ...], shape: Sequence[int]) -> Call:
-        """The function compiled for such arguments, or as it is where that fails."""
+    def _of_flat(self, args: tuple[Any, ...]) -> Callable[..., tuple[Any, ...]]:
+        """The function of arguments like these, but those in named tuples one by one."""
         groups = [type(x) if _is_group(x) else None for x in args]
 
         def function(*flat: Any) -> tuple[Any, ...]:
@@ -114,6 +122,10 @@ class Kernel:
                 rest = rest[n:]
             return self.function(*grouped)
 
+        return function
+
+    def _compiled(self, function: Callable[..., tuple[Any, ...]], key: tuple[Any, ...], shape: Sequence[int]) -> Call:
+        """The function compiled for such arguments, or as it is where that fails."""
         device = next(x for x in key if isinstance(x, _Kind)).device.type
         if not compiler_works(device):
             return lambda flat: function(*flat)
@@ -241,6 +253,7 @@ def _on_cpu(kernel: Callable[..., Any], function: Callable[..., Any], key: tuple
     """As `_graph`, but the call; what inductor writes is kept beside its own files."""
     # Slow to import, and of no use to those who do not compile.
     from torch._inductor import config
+    from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.codecache import PyCodeCache, write_atomic
     from torch._inductor.cpu_vec_isa import pick_vec_isa
     from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -249,9 +262,8 @@ def _on_cpu(kernel: Callable[..., Any], function: Callable[..., Any], key: tuple
     # Inductor's own record of graphs does not say for how many threads they were compiled. Compiling and loading a file
     # for each instruction set takes five seconds: every compiler that reads torch's headers knows them, and torch's own
     # kernels take what the processor says, too.
-    with config.patch(
-        {'fx_graph_cache': False, 'cpp.vec_isa_ok': config.cpp.vec_isa_ok is None or config.cpp.vec_isa_ok}
-    ):
+    trusted = config.cpp.vec_isa_ok is None or config.cpp.vec_isa_ok
+    with config.patch({'fx_graph_cache': False, 'cpp.vec_isa_ok': trusted}):
         sources = [Path(file).read_text(encoding='utf-8') for file in (__file__, inspect.getfile(kernel))]
         known = (torch.__version__, pick_vec_isa().build_arch_flags(), settings, sources, kernel.__qualname__, key)
         name = hashlib.sha256(repr(known).encode()).hexdigest()
@@ -262,7 +274,9 @@ def _on_cpu(kernel: Callable[..., Any], function: Callable[..., Any], key: tuple
             graph, places = _graph(function, key, _USUAL)
             kept = {'code': _without_idle_imports(graph.source_code), 'places': places}
             write_atomic(str(path), json.dumps(kept), make_dirs=True, encode_utf_8=True)
-        return PyCodeCache.load(kept['code']).call, kept['places']
+        module = PyCodeCache.load(kept['code'])
+        AsyncCompile().wait(vars(module))  # which it has done itself, but for what was handed to threads
+        return module.call, kept['places']
 
 
 def _without_idle_imports(code: str) -> str:
@@ -322,6 +336,79 @@ def _graph(
             examples = [*sizes, *map(example, kinds)]
             graph = make_fx(traced, decomposition_table=select_decomp_table())(*examples)
         return compile_fx_inner(graph, examples), places
+
+
+# ---- Compiling what will be called -----------------------------------------------------------------------------------
+
+
+class _Rehearsal(threading.local):
+    """What a thread knows of the calls to come.
+
+    Attributes:
+        run: Calls what will be called, with smaller maps.
+        calls: The functions of flat arguments that it called, by kernel and kind; None where it is not running.
+    """
+
+    run: Callable[[], None] | None = None
+    calls: dict[tuple[Kernel, tuple[Any, ...]], Callable[..., Any]] | None = None
+
+
+_rehearsal = _Rehearsal()
+
+
+@contextlib.contextmanager
+def rehearsed(run: Callable[[], None]) -> Iterator[None]:
+    """The first kernel that has to be compiled has all others that `run` calls compiled beside it, on a CPU.
+
+    Args:
+        run: Calls kernels as will be called here and in a backward pass later, with other maps.
+    """
+    before, _rehearsal.run = _rehearsal.run, run
+    try:
+        yield
+    finally:
+        _rehearsal.run = before
+
+
+def _rehearse() -> None:
+    run, _rehearsal.run = _rehearsal.run, None
+    if run is None or not compiler_works('cpu'):
+        return
+    _rehearsal.calls = calls = {}
+    try:
+        # No one who counts operations, or keeps what is saved elsewhere, is to hear of it.
+        with _disable_current_modes(), saved_tensors_hooks(_same, _same), torch.random.fork_rng(devices=[]):
+            run()
+    except Exception as e:  # what comes then, or is not known, is compiled when it is called
+        _logger.debug('A block could not be rehearsed (%s: %s).', type(e).__name__, _first_line(e))
+    finally:
+        _rehearsal.calls = None
+    with _without_waiting():
+        for (kernel, key), function in calls.items():
+            with contextlib.suppress(Exception):  # whoever calls it hears of it
+                _compile(kernel.function, function, key, _USUAL)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+@contextlib.contextmanager
+def _without_waiting() -> Iterator[None]:
+    """What this thread compiles meanwhile is handed to inductor's threads, and not fit to be called."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    here, wait = threading.get_ident(), AsyncCompile.wait
+
+    def wait_elsewhere(self: Any, scope: dict[str, Any]) -> None:
+        if threading.get_ident() != here:
+            wait(self, scope)
+
+    AsyncCompile.wait = wait_elsewhere
+    try:
+        yield
+    finally:
+        AsyncCompile.wait = wait
 
 
 def _probe(x: Tensor) -> tuple[Tensor]:
