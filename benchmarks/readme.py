@@ -557,6 +557,21 @@ def adapters_table() -> str:
     )
 
 
+def start_table() -> str:
+    """First steps of a process by what is on the machine, and later ones."""
+    record = json.loads((RESULTS / 'start_up.json').read_text(encoding='utf-8'))
+    rows = [
+        (
+            f'{r["model"]}, {"training" if r["mode"] == "train" else "inference"}, {r["way"]}',
+            *(f'{r[state]["first"]:.1f} s' for state in ('nothing', 'header', 'everything')),
+            f'{min(r[state]["later"] for state in ("nothing", "header", "everything")):.1f} s',
+        )
+        for r in record['rows']
+    ]
+    head = ('first step of a process', 'nothing compiled before', "torch's headers", 'the same step', 'a later step')
+    return markdown_table(head, rows)
+
+
 def scan_table() -> str:
     """What became of timm's architectures: accepted, or refused and why; in memory, and on the meta device."""
     scan = load_module('scan_timm')
@@ -598,6 +613,7 @@ PAGES: dict[Path, dict[str, Table]] = {
     ROOT / 'docs/compare.md': {'order': functools.partial(accuracy_text, 'cbam-order')},
     ROOT / 'docs/pretrained.md': {'starts': starts_text},
     ROOT / 'docs/choose.md': {'needs': needs_table, 'costs': costs_table, 'accuracy': accuracy_text},
+    ROOT / 'docs/fuse.md': {'start': start_table},
     ROOT / 'docs/inject.md': {'adapters': adapters_table},
     ROOT / 'docs/inject-timm.md': {'scan': scan_table},
 }

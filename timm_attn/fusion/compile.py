@@ -103,7 +103,6 @@ class Kernel:
             return self._results(False, args)
         if graph is None:
             with _compiling:
-                _rehearse()
                 graph = self.graphs.get(key) or self._compiled(self._of_flat(args), key, shape or ())
                 self.graphs[key] = graph
         results = graph(dense)
@@ -252,22 +251,13 @@ def _compile(
 def _on_cpu(kernel: Callable[..., Any], function: Callable[..., Any], key: tuple[Any, ...]) -> tuple[Call, list[Any]]:
     """As `_graph`, but the call; what inductor writes is kept beside its own files."""
     # Slow to import, and of no use to those who do not compile.
-    from torch._inductor import config
     from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.codecache import PyCodeCache, write_atomic
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    settings = sorted(config.save_config_portable().items())
-    # Inductor's own record of graphs does not say for how many threads they were compiled. Compiling and loading a file
-    # for each instruction set takes five seconds: every compiler that reads torch's headers knows them, and torch's own
-    # kernels take what the processor says, too.
-    trusted = config.cpp.vec_isa_ok is None or config.cpp.vec_isa_ok
-    with config.patch({'fx_graph_cache': False, 'cpp.vec_isa_ok': trusted}):
-        sources = [Path(file).read_text(encoding='utf-8') for file in (__file__, inspect.getfile(kernel))]
-        known = (torch.__version__, pick_vec_isa().build_arch_flags(), settings, sources, kernel.__qualname__, key)
-        name = hashlib.sha256(repr(known).encode()).hexdigest()
-        path = Path(cache_dir(), 'timm_attn', f'{name}.json')
+    path = _path(kernel, key)
+    if not path.exists():
+        _rehearse()  # may write it
+    with _settings():
         try:
             kept = json.loads(path.read_bytes())
         except (OSError, ValueError):
@@ -276,7 +266,34 @@ def _on_cpu(kernel: Callable[..., Any], function: Callable[..., Any], key: tuple
             write_atomic(str(path), json.dumps(kept), make_dirs=True, encode_utf_8=True)
         module = PyCodeCache.load(kept['code'])
         AsyncCompile().wait(vars(module))  # which it has done itself, but for what was handed to threads
-        return module.call, kept['places']
+    return module.call, kept['places']
+
+
+def _path(kernel: Callable[..., Any], key: tuple[Any, ...]) -> Path:
+    """Where what inductor writes is kept, by all that it depends on."""
+    from torch._inductor import config
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    settings = sorted(config.save_config_portable().items())
+    with _settings():
+        flags = pick_vec_isa().build_arch_flags()
+    sources = [Path(file).read_text(encoding='utf-8') for file in (__file__, inspect.getfile(kernel))]
+    known = (torch.__version__, flags, settings, sources, kernel.__qualname__, key)
+    return Path(cache_dir(), 'timm_attn', f'{hashlib.sha256(repr(known).encode()).hexdigest()}.json')
+
+
+def _settings() -> contextlib.AbstractContextManager[None]:
+    """Inductor's, for a CPU.
+
+    Its own record of graphs does not say for how many threads they were compiled. Compiling and loading a file for each
+    instruction set takes five seconds: every compiler that reads torch's headers knows them, and torch's own kernels
+    take what the processor says, too.
+    """
+    from torch._inductor import config
+
+    trusted = config.cpp.vec_isa_ok is None or config.cpp.vec_isa_ok
+    return config.patch({'fx_graph_cache': False, 'cpp.vec_isa_ok': trusted})
 
 
 def _without_idle_imports(code: str) -> str:
