@@ -374,11 +374,12 @@ _rehearsal = _Rehearsal()
 
 
 @contextlib.contextmanager
-def rehearsed(run: Callable[[], None]) -> Iterator[None]:
+def rehearsed(run: Callable[[], None] | None) -> Iterator[None]:
     """The first kernel that has to be compiled has all others that `run` calls compiled beside it, on a CPU.
 
     Args:
-        run: Calls kernels as will be called here and in a backward pass later, with other maps.
+        run: Calls kernels as will be called here and in a backward pass later, with other maps. None compiles what is
+            called alone.
     """
     before, _rehearsal.run = _rehearsal.run, run
     try:
@@ -389,7 +390,7 @@ def rehearsed(run: Callable[[], None]) -> Iterator[None]:
 
 def _rehearse() -> None:
     run, _rehearsal.run = _rehearsal.run, None
-    if run is None or not compiler_works('cpu'):
+    if run is None:
         return
     _rehearsal.calls = calls = {}
     try:
@@ -439,7 +440,7 @@ def compiler_works(device: str) -> bool:
         if device == 'cpu' and cast(Any, torch.__version__) < (2, 9):
             # pytorch issue 159154: what a loop keeps of a plane gets the room of a row.
             raise RuntimeError(f'what torch {torch.__version__} compiles writes past its buffers: install torch 2.9')
-        with _compiling, _disable_current_modes():
+        with _compiling, rehearsed(None):
             _compile(
                 _probe,
                 _probe,
