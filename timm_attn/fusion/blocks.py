@@ -6,7 +6,7 @@ import inspect
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -34,6 +34,7 @@ from .functions import (
     max_pool,
     norm,
     norm_act_conv,
+    plain_conv,
 )
 from .kernels import Affine
 from .replay import attended, attended_sum, select_conv
@@ -178,12 +179,17 @@ def _ordinary_tail(block: Any, bn: Any, y: Tensor, x: Tensor) -> Tensor:
     return block.get_submodule(block.acts[-1])(out)
 
 
+def _in_turn(modules: Iterable[nn.Module], x: Tensor) -> Tensor:
+    for m in modules:
+        x = plain_conv(cast(nn.Conv2d, m), x) if _plain_conv(m) and gate_of_output(m) is None else m(x)
+    return x
+
+
 def _shortcut(block: Any, x: Tensor) -> Affine:
     if block.downsample is None:
         return Affine(x)
     *before, last = cast(nn.Sequential, block.downsample)
-    for m in before:
-        x = m(x)
+    x = _in_turn(before, x)
     if not _plain_norm(last):
         return Affine(last(x))
     return norm(block.compiled, cast(nn.BatchNorm2d, last), x)[0]
@@ -360,11 +366,11 @@ class Fused(nn.Module):
 
     def frozen_forward(self, x: Tensor) -> Tensor:
         """The forward pass where BatchNorms are folded into convolutions."""
-        shortcut = x if self.downsample is None else self.downsample(x)
-        *convs, last = self.convs
-        for name in convs:
-            x = self.get_submodule(name)(x).relu_()
-        return _frozen_tail(self.se, self.get_submodule(last)(x), shortcut)
+        shortcut = x if self.downsample is None else _in_turn(self.downsample, x)
+        *before, last = [self.get_submodule(name) for name in self.convs]
+        for conv in before:
+            x = _in_turn([conv], x).relu_()
+        return _frozen_tail(self.se, _in_turn([last], x), shortcut)
 
 
 class FusedBasicBlock(Fused, BasicBlock):
@@ -378,7 +384,7 @@ class FusedBasicBlock(Fused, BasicBlock):
 
     def fused_forward(self, x: Tensor) -> Tensor:
         """The forward pass for training, and for inference with BatchNorms."""
-        (y,) = norm_act_conv(self.compiled, cast(nn.BatchNorm2d, self.bn1), self.conv1(x), self.conv2)
+        (y,) = norm_act_conv(self.compiled, cast(nn.BatchNorm2d, self.bn1), plain_conv(self.conv1, x), self.conv2)
         return _tail(self, self.bn2, _gated_output(self.conv2, y), x)
 
 
@@ -393,7 +399,7 @@ class FusedBottleneck(Fused, Bottleneck):
 
     def fused_forward(self, x: Tensor) -> Tensor:
         """The forward pass for training, and for inference with BatchNorms."""
-        (y,) = norm_act_conv(self.compiled, cast(nn.BatchNorm2d, self.bn1), self.conv1(x), self.conv2)
+        (y,) = norm_act_conv(self.compiled, cast(nn.BatchNorm2d, self.bn1), plain_conv(self.conv1, x), self.conv2)
         (y,) = norm_act_conv(self.compiled, cast(nn.BatchNorm2d, self.bn2), _gated_output(self.conv2, y), self.conv3)
         return _tail(self, self.bn3, _gated_output(self.conv3, y), x)
 
@@ -414,14 +420,16 @@ class FusedSKBottleneck(Fused, SKBottleneck):
     def fused_forward(self, x: Tensor) -> Tensor:
         """The forward pass for training, and for inference with BatchNorms."""
         sk = cast(SelectiveKernel, self.conv2)
-        y0, y1 = norm_act_conv(self.compiled, cast(nn.BatchNorm2d, self.bn1), self.conv1(x), sk.conv1, sk.conv2)
+        y0, y1 = norm_act_conv(
+            self.compiled, cast(nn.BatchNorm2d, self.bn1), plain_conv(self.conv1, x), sk.conv1, sk.conv2
+        )
         return _tail(self, self.bn3, select_conv(self.compiled, sk, self.conv3, y0, y1), x)
 
     def frozen_forward(self, x: Tensor) -> Tensor:
         """The forward pass where BatchNorms are folded into convolutions."""
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.conv2(self.conv1(x).relu_())
-        return _frozen_tail(self.se, self.conv3(x), shortcut)
+        shortcut = x if self.downsample is None else _in_turn(self.downsample, x)
+        x = self.conv2(plain_conv(self.conv1, x).relu_())
+        return _frozen_tail(self.se, plain_conv(self.conv3, x), shortcut)
 
 
 class FusedBAM(BAM):

@@ -176,8 +176,35 @@ def conv_params(y: Tensor, *convs: nn.Conv2d) -> list[Tensor | None]:
     return [p if p is None or dtype is None else p.to(dtype) for p in params]
 
 
+# A convolution by one pixel is a product of matrices, image by image, for maps of so many pixels; its gradients are for
+# four times as many. With more than one thread or 15 images torch asks oneDNN, which lays maps out anew: of large ones
+# that takes longer than the product. Matrices of small ones are narrow, and oneDNN takes all images at once.
+_LARGE = 28 * 28
+
+
+def _by_pixel(x: Tensor, conv: nn.Conv2d, weight: Tensor) -> bool:
+    """A convolution whose way on a CPU is chosen here. Whoever counts operations sees torch's choice."""
+    return (
+        weight.shape[2] == weight.shape[3] == 1
+        and conv.groups == conv.stride[0] == conv.stride[1] == 1
+        and conv.padding == (0, 0)
+        and x.dtype == weight.dtype == torch.float32
+        and x.device.type == 'cpu'
+        and x.is_contiguous()
+        and torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
 def convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> Tensor:
     """What `conv` makes of x with this weight and bias, which autocast may have cast."""
+    if _by_pixel(x, conv, weight):
+        if x.shape[2] * x.shape[3] >= _LARGE:
+            return _aten.thnn_conv2d(x, weight, [1, 1], bias, [1, 1], [0, 0])
+        if x.shape[0] > 1:
+            return _aten.mkldnn_convolution(x, weight, bias, [0, 0], [1, 1], [1, 1], 1)
     padding = cast(tuple[int, ...], conv.padding)
     return torch.convolution(x, weight, bias, conv.stride, padding, conv.dilation, False, (0, 0), conv.groups)
 
@@ -191,20 +218,21 @@ def convolve_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, each where it is wanted."""
+    mask = [wanted[0], wanted[1], wanted[2] and bias is not None]
+    if _by_pixel(x, conv, weight) and x.shape[2] * x.shape[3] >= 4 * _LARGE:
+        return _aten._slow_conv2d_backward.output_mask(g, x, weight, [1, 1], [1, 1], [0, 0], mask)
     sizes = None if bias is None else [bias.shape[0]]
+    padding = conv.padding
     return _aten.convolution_backward(
-        g,
-        x,
-        weight,
-        sizes,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        False,
-        [0, 0],
-        conv.groups,
-        [wanted[0], wanted[1], wanted[2] and bias is not None],
+        g, x, weight, sizes, conv.stride, padding, conv.dilation, False, [0, 0], conv.groups, mask
     )
+
+
+def plain_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv(x), for an nn.Conv2d with zeros around that nothing follows."""
+    if torch.is_autocast_enabled(x.device.type) or not _by_pixel(x, conv, conv.weight):
+        return conv(x)
+    return convolve(x, conv, conv.weight, conv.bias)
 
 
 class _NormActConv(torch.autograd.Function):
