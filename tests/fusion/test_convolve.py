@@ -48,6 +48,7 @@ def test_outputs_and_gradients_are_those_of_float64(way: str, bias: bool) -> Non
             assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
 
 
+@pytest.mark.filterwarnings('ignore:.*Profiler clears events:UserWarning')
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason='a BLAS that is not measured')
 @pytest.mark.parametrize(
     ('way', 'forward', 'backward'),
