@@ -144,7 +144,8 @@ def costs(cells: list[dict[str, Any]], memory: dict[str, Any]) -> None:
     axis.set_xscale('log')
     axis.set_yscale('log')
     axis.margins(x=0.12)
-    for side, ticks in ((axis.xaxis, (0.8, 1, 1.25, 1.5, 2, 2.5, 3)), (axis.yaxis, (0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4))):
+    ticks_of = {axis.xaxis: (0.8, 1, 1.25, 1.5, 2, 2.5, 3), axis.yaxis: (0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 4)}
+    for side, ticks in ticks_of.items():
         side.set_ticks(ticks, [f'{t:g}' for t in ticks])
         side.set_minor_formatter(NullFormatter())
     axis.grid(color='0.93')
